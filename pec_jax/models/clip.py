@@ -1,0 +1,379 @@
+"""CLIP's text and vision towers, alone or together.
+
+The same networks as `CLIPTextModelWithProjection`, `CLIPVisionModelWithProjection` and `CLIPModel`
+of transformers, down to the names of their tensors (`pre_layrnorm` included). Text attention is
+causal, so padding behind the end-of-text token never reaches the pooled output.
+
+Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers as init
+
+from pec_jax.models import hf_config
+from pec_jax.models.layers import (
+    Conv,
+    Dense,
+    Embed,
+    LayerNorm,
+    activation,
+    attention,
+    constrain,
+    merge_heads,
+    run_name,
+    scan_layers,
+    split_heads,
+)
+
+Array = jax.Array
+
+# Buffers that older versions of transformers saved along; they hold 0, 1, 2, ...
+IGNORED_TENSORS = (
+    "text_model.embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
+)
+
+# transformers wrote this end-of-text id into many configs by mistake; models that carry it are
+# pooled at the highest token id instead, which is the end-of-text token of the real vocabulary.
+LEGACY_EOS_TOKEN_ID = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """The text tower's part of a config.json; defaults are those of transformers."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        hf_config.check_activation("hidden_act", self.hidden_act)
+        hf_config.check_heads(self.hidden_size, self.num_attention_heads)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
+        """Reads a text model's config.json, or the text part of a whole CLIP model's."""
+        kind = values.get("model_type", "clip_text_model")
+        hf_config.check_choice("model_type", kind, ("clip", "clip_text_model"))
+        if "text_config" in values:
+            return CLIPConfig.from_dict(values).text
+        return hf_config.select(cls, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """The vision tower's part of a config.json; defaults are those of transformers."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        hf_config.check_activation("hidden_act", self.hidden_act)
+        hf_config.check_heads(self.hidden_size, self.num_attention_heads)
+        object.__setattr__(self, "image_size", hf_config.square("image_size", self.image_size))
+        object.__setattr__(self, "patch_size", hf_config.square("patch_size", self.patch_size))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
+        """Reads a vision model's config.json, or the vision part of a whole CLIP model's."""
+        kind = values.get("model_type", "clip_vision_model")
+        hf_config.check_choice("model_type", kind, ("clip", "clip_vision_model"))
+        if "vision_config" in values:
+            return CLIPConfig.from_dict(values).vision
+        return hf_config.select(cls, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers and the space in which they meet."""
+
+    text: CLIPTextConfig
+    vision: CLIPVisionConfig
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
+        """Reads the nested config.json of a `CLIPModel`.
+
+        Old files hold some entries in `text_config_dict` and `vision_config_dict`, which win.
+
+        Raises:
+            ValueError: another model's config, or an entry that we cannot compute.
+        """
+        hf_config.check_choice("model_type", values.get("model_type", "clip"), ("clip",))
+        dim = values.get("projection_dim", 512)
+        text = {**(values.get("text_config") or {}), **(values.get("text_config_dict") or {})}
+        vision = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
+        return cls(
+            text=hf_config.select(CLIPTextConfig, text, projection_dim=dim),
+            vision=hf_config.select(CLIPVisionConfig, vision, projection_dim=dim),
+            projection_dim=dim,
+            logit_scale_init_value=values.get("logit_scale_init_value", 2.6592),
+        )
+
+
+class CLIPTextOutput(NamedTuple):
+    """What the text tower gives; L tokens, D its width, d the shared space."""
+
+    penultimate: Array  # [N, L, D] transformers' hidden_states[-2], not normalised
+    last_hidden: Array  # [N, L, D] after the final layer norm
+    pooled: Array  # [N, D] last_hidden at the end-of-text token
+    text_embeds: Array | None  # [N, d] pooled, projected; None without projection
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention with biases."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None) -> Array:
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
+        q, k, v = (
+            split_heads(
+                Dense(width, dtype=self.dtype, kernel_axes=("embed", "heads"), name=name)(x), heads
+            )
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        out = merge_heads(attention(q, k, v, bias=bias))
+        return Dense(width, dtype=self.dtype, kernel_axes=("heads", "embed"), name="out_proj")(out)
+
+
+class CLIPMLP(nn.Module):
+    """Two linear layers around an activation."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        x = Dense(c.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        x = activation(c.hidden_act)(constrain(x, "batch", "tokens", "mlp"))
+        return Dense(c.hidden_size, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="fc2")(x)
+
+
+class CLIPEncoderLayer(nn.Module):
+    """One pre-norm transformer layer; it carries its own input along as the first of the pair.
+
+    After a run of layers the pair is (input of the last layer, its output), which gives
+    hidden_states[-2] without stacking the others.
+    """
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[Array, Array], bias: Array | None
+    ) -> tuple[tuple[Array, Array], None]:
+        c = self.config
+        _, x = carry  # [N, L, D]
+        h = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
+        y = x + CLIPAttention(c, self.dtype, name="self_attn")(h, bias)
+        h = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(y)
+        y = y + CLIPMLP(c, self.dtype, name="mlp")(h)
+        return (x, constrain(y, "batch", "tokens", "embed")), None
+
+
+class CLIPEncoder(nn.Module):
+    """All layers of a tower, scanned: returns (input of the last layer, its output)."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None = None) -> tuple[Array, Array]:
+        depth = self.config.num_hidden_layers
+        run = scan_layers(CLIPEncoderLayer, depth, remat=self.remat)
+        layers = run(self.config, self.dtype, name=run_name("layers", 0, depth))
+        carry, _ = layers((x, x), bias)
+        return carry
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """Token plus position embeddings."""
+
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, token_ids: Array) -> Array:
+        c, length = self.config, token_ids.shape[-1]
+        if length > c.max_position_embeddings:
+            raise ValueError(f"{length} tokens, but CLIP has {c.max_position_embeddings} positions")
+        table = Embed(c.vocab_size, c.hidden_size, self.dtype, name="token_embedding")
+        positions = Embed(
+            c.max_position_embeddings, c.hidden_size, self.dtype, name="position_embedding"
+        )
+        return table(token_ids) + positions(jnp.arange(length))
+
+
+class CLIPTextTower(nn.Module):
+    """Everything under `text_model.`; its output's text_embeds is None."""
+
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, token_ids: Array) -> CLIPTextOutput:
+        c = self.config
+        x = CLIPTextEmbeddings(c, self.dtype, name="embeddings")(token_ids)
+        x = constrain(x, "batch", "tokens", "embed")
+        length = token_ids.shape[-1]
+        causal = jnp.where(jnp.tri(length, dtype=bool), 0.0, -jnp.inf)  # [L, L]
+        penultimate, x = CLIPEncoder(c, self.dtype, self.remat, name="encoder")(x, causal)
+        last = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
+        ids = token_ids if c.eos_token_id == LEGACY_EOS_TOKEN_ID else token_ids == c.eos_token_id
+        end = jnp.argmax(ids, axis=-1)  # [N] the first of equals
+        pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(penultimate, last, pooled, None)
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """A class token before the patches, row by row, plus position embeddings."""
+
+    config: CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        c = self.config
+        expected = (c.image_size, c.image_size, c.num_channels)
+        if pixels.shape[1:] != expected:
+            raise ValueError(f"images of shape {pixels.shape[1:]}, but CLIP expects {expected}")
+        patch = (c.patch_size, c.patch_size)
+        x = Conv(
+            c.hidden_size,
+            patch,
+            patch,
+            padding=((0, 0), (0, 0)),
+            use_bias=False,
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(pixels)
+        x = x.reshape(x.shape[0], -1, c.hidden_size)  # [N, patches, D]
+        token = self.param(
+            "class_embedding",
+            nn.with_logical_partitioning(init.normal(c.hidden_size**-0.5), ("embed",)),
+            (c.hidden_size,),
+        ).astype(self.dtype)
+        token = jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size))
+        x = jnp.concatenate([token, x], axis=1)
+        length = (c.image_size // c.patch_size) ** 2 + 1
+        positions = Embed(length, c.hidden_size, self.dtype, name="position_embedding")
+        return x + positions(jnp.arange(length))
+
+
+class CLIPVisionTower(nn.Module):
+    """Everything under `vision_model.`: normalised pixels [N, H, W, 3] -> pooled [N, D]."""
+
+    config: CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        c = self.config
+        x = CLIPVisionEmbeddings(c, self.dtype, name="embeddings")(pixels)
+        x = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)
+        x = constrain(x, "batch", "tokens", "embed")
+        _, x = CLIPEncoder(c, self.dtype, self.remat, name="encoder")(x)
+        return LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
+
+
+def _projection(features: int, dtype: jnp.dtype, name: str | None = None) -> Dense:
+    return Dense(
+        features, use_bias=False, dtype=dtype, kernel_axes=("embed", "projection"), name=name
+    )
+
+
+class CLIPTextModel(nn.Module):
+    """Token ids [N, L] -> CLIPTextOutput; transformers' CLIPTextModelWithProjection.
+
+    `with_projection=False` gives the plain CLIPTextModel, which has no `text_projection`.
+    """
+
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+    with_projection: bool = True
+
+    @nn.compact
+    def __call__(self, token_ids: Array) -> CLIPTextOutput:
+        c = self.config
+        out = CLIPTextTower(c, self.dtype, self.remat, name="text_model")(token_ids)
+        if not self.with_projection:
+            return out
+        embeds = _projection(c.projection_dim, self.dtype, "text_projection")(out.pooled)
+        return out._replace(text_embeds=embeds)
+
+
+class CLIPVisionModel(nn.Module):
+    """Pixels [N, H, W, 3], normalised -> [N, d]; transformers' CLIPVisionModelWithProjection."""
+
+    config: CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        c = self.config
+        pooled = CLIPVisionTower(c, self.dtype, self.remat, name="vision_model")(pixels)
+        return _projection(c.projection_dim, self.dtype, "visual_projection")(pooled)
+
+
+class CLIPModel(nn.Module):
+    """Both towers with their projections into one space, and the logarithm of the logits' scale."""
+
+    config: CLIPConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        self.text_model = CLIPTextTower(c.text, self.dtype, self.remat)
+        self.vision_model = CLIPVisionTower(c.vision, self.dtype, self.remat)
+        self.text_projection = _projection(c.projection_dim, self.dtype)
+        self.visual_projection = _projection(c.projection_dim, self.dtype)
+        self.logit_scale = self.param("logit_scale", init.constant(c.logit_scale_init_value), ())
+
+    def __call__(self, token_ids: Array, pixels: Array) -> tuple[Array, Array]:
+        """(text features [N, d], image features [M, d]), not normalised."""
+        return self.get_text_features(token_ids), self.get_image_features(pixels)
+
+    def get_text_features(self, token_ids: Array) -> Array:
+        """Token ids [N, L] -> [N, d], not normalised."""
+        return self.text_projection(self.text_model(token_ids).pooled)
+
+    def get_image_features(self, pixels: Array) -> Array:
+        """Normalised pixels [N, H, W, 3] -> [N, d], not normalised."""
+        return self.visual_projection(self.vision_model(pixels))
