@@ -174,7 +174,7 @@ def shape_distances(center: Array, radius: Array, size: int = IMAGE_SIZE) -> Arr
 
     Args:
       center: [..., 2] centroid (x, y), px.
-      radius: [...] px.
+      radius: [..., 4] px, of each shape.
       size: height and width of the grid, px.
 
     Returns:
@@ -183,17 +183,15 @@ def shape_distances(center: Array, radius: Array, size: int = IMAGE_SIZE) -> Arr
     grid = jnp.arange(size) + 0.5
     x = grid[None, :] - center[..., 0, None, None]  # [..., 1, size]
     y = grid[:, None] - center[..., 1, None, None]  # [..., size, 1]
-    r = radius[..., None, None]
-    circle = jnp.sqrt(x**2 + y**2) - r
-    square = _box_distance(x, y, SQUARE_HALF * r, SQUARE_HALF * r)
+    r_circle, r_square, r_triangle, r_cross = jnp.moveaxis(radius[..., None, None], -3, 0)
+    circle = jnp.sqrt(x**2 + y**2) - r_circle
+    square = _box_distance(x, y, SQUARE_HALF * r_square, SQUARE_HALF * r_square)
     # Three half-planes, each half a circumradius from the centroid; the tip points up.
-    inradius = 0.5 * TRIANGLE_CIRCUMRADIUS * r
+    inradius = 0.5 * TRIANGLE_CIRCUMRADIUS * r_triangle
     slope = 0.5 * math.sqrt(3) * jnp.abs(x) - 0.5 * y
     triangle = jnp.maximum(y, slope) - inradius
-    cross = jnp.minimum(
-        _box_distance(x, y, CROSS_LENGTH * r, CROSS_WIDTH * r),
-        _box_distance(x, y, CROSS_WIDTH * r, CROSS_LENGTH * r),
-    )
+    length, width = CROSS_LENGTH * r_cross, CROSS_WIDTH * r_cross
+    cross = jnp.minimum(_box_distance(x, y, length, width), _box_distance(x, y, width, length))
     return jnp.stack([circle, square, triangle, cross], axis=-3)
 
 
@@ -211,7 +209,8 @@ def render(scene: Scene) -> Array:
     Returns:
       [N, 32, 32, 3] fp32 in [0, 1].
     """
-    distances = shape_distances(scene.center, scene.radius)  # [N, 4, 32, 32]
+    radius = jnp.repeat(scene.radius[:, None], len(SHAPES), axis=1)
+    distances = shape_distances(scene.center, radius)  # [N, 4, 32, 32]
     index = scene.attributes[:, SHAPE, None, None, None]
     alpha = coverage(jnp.take_along_axis(distances, index, axis=1))[:, 0, :, :, None]
     return alpha * scene.color[:, None, None] + (1.0 - alpha) * scene.background[:, None, None]
