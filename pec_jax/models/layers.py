@@ -1,4 +1,4 @@
-"""Layers shared by all networks: linear with a LoRA hook, convolution, norms, attention, scanned runs.
+"""Layers that all networks share: linear with a LoRA hook, convolution, norms, attention.
 
 Every parameter is created in fp32 and carries logical axis names, which mean nothing until a
 mesh and rules are set (`pec_jax.sharding`). Computation happens in a module's `dtype`; norms and
@@ -185,6 +185,35 @@ class Conv(nn.Module):
         )
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(init.zeros, ("conv_out",))
+            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+        return y
+
+
+class PatchConv(nn.Module):
+    """Convolution whose stride is its kernel size, [N, H, W, C] -> [N, H/p, W/p, features].
+
+    One matrix product over flattened patches; the kernel keeps a convolution's layout.
+    """
+
+    features: int
+    patch_size: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, height, width, channels = x.shape
+        p = self.patch_size
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init.lecun_normal(), (None, None, "conv_in", "embed")),
+            (p, p, channels, self.features),
+        )
+        x = x.astype(self.dtype).reshape(n, height // p, p, width // p, p, channels)
+        x = x.swapaxes(2, 3).reshape(n, height // p, width // p, p * p * channels)
+        y = jnp.dot(x, kernel.reshape(-1, self.features).astype(self.dtype))
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(init.zeros, ("embed",))
             y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
         return y
 

@@ -1,0 +1,207 @@
+"""One mechanical mapping between torch state dicts and our variables, for every network.
+
+Modules are named as in torch, dots included, so the path of a leaf is its torch name:
+
+- `kernel` is torch's `weight`: [in, out] <- [out, in] of a linear layer, [kh, kw, in, out] <-
+  [out, in, kh, kw] of a convolution;
+- `scale` (norms) and `embedding` are `weight`; every other leaf keeps its name and layout;
+- a module called `blocks.2:5` is a scanned run: its leaves are torch's layers blocks.2, blocks.3
+  and blocks.4, stacked on a new first axis.
+
+The collections "params" and "buffers" are stored, others (such as "lora") are not. Names with
+"." and ":" pass through linen and orbax unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+
+from pec_jax.weights.tensors import TensorFiles, WeightsError
+
+PyTree = Any
+STORED = ("params", "buffers")
+RUN = re.compile(r"(.*)\.(\d+):(\d+)")
+LISTED = 5  # names an error message shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Where one leaf of our variables stands in a torch state dict.
+
+    Attributes:
+        path: keys in the variables, collection first.
+        names: the torch tensors, one a layer of a scanned run, else one.
+        axes: our axes in terms of torch's, e.g. (1, 0) for a linear kernel.
+        stacked: whether the leaf has a leading layer axis.
+    """
+
+    path: tuple[str, ...]
+    names: tuple[str, ...]
+    axes: tuple[int, ...]
+    stacked: bool
+
+    def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of each torch tensor, given the leaf's."""
+        shape = tuple(shape[1:] if self.stacked else shape)
+        return tuple(shape[self.axes.index(i)] for i in range(len(shape)))
+
+
+def torch_names(path: Sequence[str]) -> list[str]:
+    """The dotted torch module names that a module path stands for.
+
+    Args:
+        path: module names from the root, without the collection and the leaf.
+
+    Returns:
+        One name; or one a layer, in order, if a module of the path is a scanned run.
+
+    Raises:
+        ValueError: two runs inside one another, which no network here has.
+    """
+    runs = [(i, match) for i, part in enumerate(path) if (match := RUN.fullmatch(part))]
+    if not runs:
+        return [".".join(path)]
+    if len(runs) > 1:
+        raise ValueError(f"nested scanned runs in {'/'.join(path)}")
+    position, match = runs[0]
+    prefix, start, stop = match.group(1), int(match.group(2)), int(match.group(3))
+    before, after = list(path[:position]), list(path[position + 1 :])
+    return [".".join([*before, f"{prefix}.{i}", *after]) for i in range(start, stop)]
+
+
+def leaves(variables: PyTree) -> Iterator[tuple[Leaf, Any]]:
+    """Each stored leaf of the variables with its place in torch's state dict.
+
+    Args:
+        variables: {"params": ..., "buffers": ...}, arrays or abstract, boxed or not.
+
+    Yields:
+        (place, leaf).
+    """
+    for collection in STORED:
+        tree = traverse_util.flatten_dict(nn.unbox(dict(variables.get(collection, {}))))
+        for path, value in tree.items():
+            modules, leaf = path[:-1], path[-1]
+            stacked = any(RUN.fullmatch(part) for part in modules)
+            ndim = len(value.shape) - stacked
+            axes = tuple(range(ndim))
+            if leaf == "kernel":
+                axes = {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
+            suffix = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+            names = tuple(f"{name}.{suffix}" if name else suffix for name in torch_names(modules))
+            yield Leaf((collection, *path), names, axes, stacked), value
+
+
+def abstract_variables(module: nn.Module, *args: Any, method: Any = None) -> PyTree:
+    """Shapes of a module's variables; no memory is taken.
+
+    Args:
+        module: a linen module.
+        *args: shapes (`jax.ShapeDtypeStruct`) or arrays that its call takes.
+        method: what to call instead of `__call__`.
+
+    Returns:
+        {"params": ..., "buffers": ...} of `jax.ShapeDtypeStruct`, unboxed.
+    """
+    init: Callable[..., Any] = lambda *a: module.init(jax.random.key(0), *a, method=method)  # noqa: E731
+    return nn.unbox(jax.eval_shape(init, *args))
+
+
+def from_torch(
+    tensors: Mapping[str, np.ndarray],
+    abstract_variables: PyTree,
+    *,
+    ignore: Sequence[str] = (),
+    dtype: Any = None,
+) -> PyTree:
+    """Variables from a torch state dict.
+
+    Args:
+        tensors: torch name -> array; `TensorFiles` or a dict.
+        abstract_variables: the shapes expected, from `abstract_variables`.
+        ignore: regular expressions; an extra tensor whose whole name matches one is no error.
+        dtype: dtype of the floating-point leaves; by default the expected one (fp32).
+
+    Returns:
+        {"params": ..., "buffers": ...} of numpy arrays in host memory.
+
+    Raises:
+        WeightsError: a tensor is missing, unexpected, of another shape or not finite-typed; the
+            message names it, both shapes, and the file.
+    """
+    source = f"{tensors.directory}: " if isinstance(tensors, TensorFiles) else ""
+    plan = list(leaves(abstract_variables))
+    wanted = {name for leaf, _ in plan for name in leaf.names}
+    if missing := sorted(wanted - set(tensors)):
+        raise WeightsError(
+            f"{source}{len(missing)} tensors are missing, such as {_listing(missing)}; the file is "
+            "incomplete, or its config.json describes another network"
+        )
+    extra = sorted(
+        name for name in set(tensors) - wanted if not any(re.fullmatch(p, name) for p in ignore)
+    )
+    if extra:
+        raise WeightsError(
+            f"{source}{len(extra)} tensors have no place in the network, such as "
+            f"{_listing(extra)}; config.json describes another network"
+        )
+    flat = {}
+    for leaf, expected in plan:
+        target = np.dtype(dtype if dtype is not None else expected.dtype)
+        array = np.empty(expected.shape, target)
+        shape = leaf.torch_shape(expected.shape)
+        for i, name in enumerate(leaf.names):
+            _check_shape(tensors, name, shape)
+            value = np.transpose(np.asarray(tensors[name]), leaf.axes)
+            array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
+        flat[leaf.path] = array
+    return traverse_util.unflatten_dict(flat)
+
+
+def _check_shape(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> None:
+    if isinstance(tensors, TensorFiles):
+        found, source = tensors.shape(name), f"{tensors.file(name)}: "
+    else:
+        found, source = tuple(tensors[name].shape), ""
+    if found != shape:
+        raise WeightsError(
+            f"{source}tensor {name!r} has shape {list(found)}, expected {list(shape)}; the file "
+            "and config.json describe different networks"
+        )
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(repr(name) for name in names[:LISTED]) + more
+
+
+def to_torch(variables: PyTree) -> dict[str, np.ndarray]:
+    """The torch state dict of variables, the inverse of `from_torch`.
+
+    Args:
+        variables: {"params": ..., "buffers": ...}, boxed or not; other collections are left out.
+
+    Returns:
+        Torch name -> contiguous array, in the leaf's dtype.
+    """
+    tensors = {}
+    for leaf, value in leaves(variables):
+        array = np.asarray(jax.device_get(value))
+        inverse = tuple(np.argsort(leaf.axes))
+        for i, name in enumerate(leaf.names):
+            layer = array[i] if leaf.stacked else array
+            tensors[name] = np.ascontiguousarray(np.transpose(layer, inverse))
+    return tensors
+
+
+def count_parameters(variables: PyTree) -> int:
+    """Number of trainable scalars, the collection "params" only."""
+    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(nn.unbox(variables["params"])))
