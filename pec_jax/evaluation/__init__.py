@@ -1,0 +1,1 @@
+"""Measures of quality and diversity, and what is made of them: tables and figures."""

@@ -1,0 +1,1 @@
+"""Schedules, transition kernels and the sampler of a flow-matching policy; no rewards."""

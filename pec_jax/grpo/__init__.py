@@ -1,0 +1,1 @@
+"""Advantages, constraints and the policy loss: arrays in, arrays out."""

@@ -1,0 +1,258 @@
+"""Perceptual entropy: how spread out the images of one prompt look to an encoder.
+
+Each estimator maps features [..., K, d] of a group to surprisals [..., K] in nats per dimension:
+h_k, an estimate of -log p(f_k) / d. Their mean is the estimate of the entropy H_perc / d, and
+each image's own surprisal is its share of it, which is what a reward can pay.
+
+| name       | model of p                                | where it is reliable             |
+|------------|-------------------------------------------|----------------------------------|
+| `gaussian` | isotropic Gaussian of fixed bandwidth     | always defined; the paper's      |
+| `logdet`   | Gaussian of full covariance, plus a ridge | K > d; below, for comparisons    |
+| `knn`      | none (k nearest neighbours)               | K > k, small d                   |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.scipy.special import digamma, gammaln
+
+Array = jax.Array
+
+_LOG_2PI = math.log(2.0 * math.pi)
+# Without it a TPU multiplies float32 matrices in bfloat16, which is coarser than the ridge.
+_EXACT = jax.lax.Precision.HIGHEST
+SCALES = ("unit", "unit_sqrt_d")
+
+
+def gaussian_surprisal(features: Array, bandwidth: float | Array) -> Array:
+    """Surprisal under an isotropic Gaussian around the group's mean.
+
+    h_k = |f_k - mean f|^2 / (2 s^2 d) + 1/2 log(2 pi s^2)
+
+    Its mean over the group is the group's variance in units of 2 s^2, plus a constant.
+
+    Args:
+        features: [..., K, d] float.
+        bandwidth: s > 0, in the unit of the features; `schedule_bandwidth` gives the paper's.
+
+    Returns:
+        [..., K] float32, nats per dimension.
+
+    Raises:
+        ValueError: for a group of fewer than 2 images.
+
+    Source: arXiv 2605.12112, perceptual entropy.
+    """
+    features = _checked(features)
+    variance = jnp.square(jnp.asarray(bandwidth, jnp.float32))
+    distance = jnp.mean(jnp.square(_centred(features)), axis=-1)
+    return distance / (2.0 * variance) + 0.5 * (_LOG_2PI + jnp.log(variance))
+
+
+def logdet_surprisal(features: Array, eps: float = 1e-4) -> Array:
+    """Surprisal under a Gaussian of full covariance, credited by leaving each image out.
+
+    H = 1/(2 d) log det(2 pi e (Sigma + eps I)), Sigma the population covariance;
+    h_k = H + c_k - mean c,  c_k = (K - 1) (H - H without k).
+
+    The c_k are the jackknife's pseudo-values: with many images they tend to the Gaussian's own
+    -log p(f_k) / d, and with K <= d, where all in-sample Mahalanobis distances are equal, they
+    still tell the images apart. H without k is taken around the mean of the others, with the
+    same absolute ridge on the scatter matrix, which makes it a rank-one update:
+
+    H - H without k = -1/(2 d) log(1 - K/(K - 1) l_k) + const,
+    l_k = (f_k - mean)^T (K Sigma + K eps I)^-1 (f_k - mean).
+
+    Args:
+        features: [..., K, d] float.
+        eps: ridge on the variances, > 0. It is raised to 1e-6 of the total variance where that
+            is more, below which float32 cannot tell the matrix from a singular one.
+
+    Returns:
+        [..., K] float32, nats per dimension.
+
+    Raises:
+        ValueError: for a group of fewer than 2 images, or eps that is not positive.
+    """
+    if isinstance(eps, int | float) and not eps > 0:
+        raise ValueError(f"eps is {eps}: the log-determinant of a group needs a positive ridge.")
+    features = _checked(features)
+    num_images, dim = features.shape[-2:]
+    centred = _centred(features)
+    total_variance = jnp.sum(jnp.square(centred), axis=(-2, -1)) / num_images
+    ridge = jnp.maximum(eps, 1e-6 * jax.lax.stop_gradient(total_variance))  # [...]
+    solve = _from_gram if num_images <= dim else _from_covariance
+    log_det, log_rest = solve(centred, ridge, total_variance)
+    entropy = 0.5 * (_LOG_2PI + 1.0) + log_det / (2.0 * dim)
+    credit = -(num_images - 1) / (2.0 * dim) * log_rest
+    return entropy[..., None] + _centred(credit, axis=-1)
+
+
+def knn_surprisal(features: Array, k: int = 3, min_distance: float = 1e-4) -> Array:
+    """Surprisal by the distance to the k-th nearest neighbour (Kozachenko-Leonenko).
+
+    h_i = log rho_k(i) + (psi(K) - psi(k) + log V_d) / d, V_d the volume of the unit ball.
+
+    Args:
+        features: [..., K, d] float.
+        k: which neighbour, 1 <= k < K. Small k follows fine structure, large k is steadier.
+        min_distance: rho is not let below this, so that a duplicate is worth very little but
+            not minus infinity; in the unit of the features.
+
+    Returns:
+        [..., K] float32, nats per dimension.
+
+    Raises:
+        ValueError: for a group of fewer than 2 images, or k outside [1, K).
+
+    Source: Kozachenko and Leonenko 1987; Kraskov et al. 2004 (cond-mat/0305641), eq. 20.
+    """
+    features = _checked(features)
+    num_images, dim = features.shape[-2:]
+    if not 1 <= k < num_images:
+        raise ValueError(
+            f"k is {k}, but an image of a group of {num_images} has {num_images - 1} neighbours: "
+            "lower k, or raise the number of images per prompt."
+        )
+    # Differences and not a Gram matrix, which would lose small distances to cancellation.
+    difference = features[..., :, None, :] - features[..., None, :, :]
+    squared = jnp.sum(jnp.square(difference), axis=-1)  # [..., K, K]
+    squared = jnp.where(jnp.eye(num_images, dtype=bool), jnp.inf, squared)
+    rho_squared = jnp.sort(squared, axis=-1)[..., k - 1]
+    log_rho = 0.5 * jnp.log(jnp.maximum(rho_squared, min_distance**2))
+    log_volume = 0.5 * dim * math.log(math.pi) - gammaln(0.5 * dim + 1.0)
+    return log_rho + (digamma(float(num_images)) - digamma(float(k)) + log_volume) / dim
+
+
+ESTIMATORS: dict[str, Callable[..., Array]] = {
+    "gaussian": gaussian_surprisal,
+    "logdet": logdet_surprisal,
+    "knn": knn_surprisal,
+}
+
+
+def get_estimator(name: str) -> Callable[..., Array]:
+    """The estimator of that name: (features [..., K, d], its option by keyword) -> [..., K].
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"Unknown estimator {name!r}; choose one of {', '.join(ESTIMATORS)}.")
+    return ESTIMATORS[name]
+
+
+def perceptual_variance(features: Array) -> Array:
+    """Mean squared distance of a group's features to their mean: the trace of the covariance.
+
+    1/K sum_k |f_k - mean f|^2, summed (not averaged) over the d dimensions.
+
+    Args:
+        features: [..., K, d] float.
+
+    Returns:
+        [...] float32; for unit features between 0 and 1.
+    """
+    return jnp.mean(jnp.sum(jnp.square(_centred(_checked(features))), axis=-1), axis=-1)
+
+
+def scale_features(features: Array, scale: str) -> Array:
+    """Features on the unit sphere, or on the sphere of radius sqrt(d).
+
+    The second gives each dimension a mean square of 1, so that entropies per dimension do not
+    depend on how wide the encoder is.
+
+    Args:
+        features: [..., d] as the encoder gives them.
+        scale: "unit" or "unit_sqrt_d".
+
+    Returns:
+        [..., d] float32. A zero vector stays zero.
+
+    Raises:
+        ValueError: for an unknown scale, listing the known ones.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"Unknown feature scale {scale!r}; choose one of {', '.join(SCALES)}.")
+    features = jnp.asarray(features, jnp.float32)
+    squared_norm = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+    radius = 1.0 if scale == "unit" else math.sqrt(features.shape[-1])
+    return radius * features * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+
+
+def schedule_bandwidth(stds: Array) -> Array:
+    """The bandwidth that makes the perceptual Gaussian as wide as the policy's.
+
+    s = sqrt(mean_t std_t^2)
+
+    Args:
+        stds: [S] the std of each trained step (`flow.transition.schedule_stds`).
+
+    Returns:
+        [] float32.
+    """
+    return jnp.sqrt(jnp.mean(jnp.square(jnp.asarray(stds, jnp.float32))))
+
+
+def _from_gram(centred: Array, ridge: Array, total_variance: Array) -> tuple[Array, Array]:
+    """log det(Sigma + ridge I) [...] and log(1 - K/(K-1) l_k) [..., K] from the K x K matrix.
+
+    Centring makes the vector of ones a null direction of G = F F^T / K, which would drown the
+    credit: [(G + ridge I)^-1]_kk holds 1/(K ridge) of it, in all images alike. Lifting that
+    direction to tau and taking it out again leaves the others alone.
+    """
+    num_images, dim = centred.shape[-2:]
+    gram = jnp.einsum("...id,...jd->...ij", centred, centred, precision=_EXACT) / num_images
+    tau = jax.lax.stop_gradient(total_variance)
+    lifted = gram + tau[..., None, None] / num_images + _diagonal(ridge, num_images)
+    cholesky = jnp.linalg.cholesky(lifted)
+    log_det = (
+        _cholesky_log_det(cholesky) - jnp.log1p(tau / ridge) + (dim - num_images) * jnp.log(ridge)
+    )
+    half_inverse = solve_triangular(
+        cholesky, jnp.broadcast_to(jnp.eye(num_images), gram.shape), lower=True
+    )
+    inverse_diagonal = jnp.sum(jnp.square(half_inverse), axis=-2)
+    rest = inverse_diagonal - 1.0 / (num_images * (ridge + tau))[..., None]
+    scale = ridge * num_images / (num_images - 1)
+    return log_det, jnp.log(rest) + jnp.log(scale)[..., None]
+
+
+def _from_covariance(centred: Array, ridge: Array, total_variance: Array) -> tuple[Array, Array]:
+    """The same two from the d x d matrix, the smaller one where K > d."""
+    del total_variance
+    num_images, dim = centred.shape[-2:]
+    covariance = jnp.einsum("...ki,...kj->...ij", centred, centred, precision=_EXACT) / num_images
+    cholesky = jnp.linalg.cholesky(covariance + _diagonal(ridge, dim))
+    solved = cho_solve((cholesky, True), jnp.swapaxes(centred, -1, -2))  # [..., d, K]
+    leverage = jnp.einsum("...kd,...dk->...k", centred, solved, precision=_EXACT) / num_images
+    # Positive in exact arithmetic; a lone outlier far away brings it below rounding.
+    rest = jnp.maximum(1.0 - num_images / (num_images - 1) * leverage, 1e-6)
+    return _cholesky_log_det(cholesky), jnp.log(rest)
+
+
+def _cholesky_log_det(cholesky: Array) -> Array:
+    return 2.0 * jnp.sum(jnp.log(jnp.diagonal(cholesky, axis1=-2, axis2=-1)), axis=-1)
+
+
+def _diagonal(value: Array, size: int) -> Array:
+    return value[..., None, None] * jnp.eye(size)
+
+
+def _centred(x: Array, axis: int = -2) -> Array:
+    return x - jnp.mean(x, axis=axis, keepdims=True)
+
+
+def _checked(features: Array) -> Array:
+    features = jnp.asarray(features, jnp.float32)
+    if features.ndim < 2 or features.shape[-2] < 2:
+        raise ValueError(
+            f"Features of shape {features.shape} hold no group of at least 2 images [..., K, d]: "
+            "raise the number of images per prompt."
+        )
+    return features
