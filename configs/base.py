@@ -1,0 +1,107 @@
+"""Every field with its default; the other configs are small deltas to this one.
+
+The values are Flow-GRPO's for Stable Diffusion 3 (arXiv 2505.05470) where it has them, and
+PEC's (arXiv 2605.12112) for the constraint. Paths and sizes are those of the embedded model.
+
+Command: not meant to be run by itself; see shapes_pec.py.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults, locked: a misspelt override is an error."""
+    config = ConfigDict()
+    config.seed = 0  # governs everything random
+    config.num_iterations = 100
+
+    config.model = ConfigDict(
+        {"path": "shapes", "dtype": "float32", "height": 0, "width": 0, "remat": False}
+    )
+    config.trainable = ConfigDict(
+        {
+            "mode": "lora",
+            "rank": 32,
+            "alpha": 64.0,
+            "targets": (r"\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",),
+        }
+    )
+    config.sampler = ConfigDict(
+        {
+            "num_steps": 10,
+            "kernel": "flow_sde",
+            "noise_level": 0.7,
+            "guidance": 4.5,
+            "window": (),
+            "train_fraction": 0.99,  # Flow-GRPO never trains the last, nearly noiseless step
+            "storage_dtype": "float32",
+        }
+    )
+    config.prompts = ConfigDict(
+        {"train": "shapes/train_open", "heldout": "shapes/heldout_open", "samples": ()}
+    )
+    config.batch = ConfigDict(
+        {"groups": 48, "group_size": 24, "micro_groups": 0, "decode_groups": 0}
+    )
+    config.rewards = ConfigDict({"pickscore": 1.0, "clip": 0.0, "attributes": 0.0})
+    config.encoders = ConfigDict({"pickscore": "", "dino": "", "clip": ""})
+    config.perception = ConfigDict(
+        {
+            "encoder": "pickscore",
+            "estimator": "gaussian",  # the paper's
+            "scale": "unit_sqrt_d",
+            "bandwidth": 0.0,  # the policy's own noise scale
+            "eps": 1e-4,
+            "k": 3,
+            "at": "final",
+        }
+    )
+    config.constraint = ConfigDict({"name": "none", "weight": 0.0, "unit": "raw"})
+    config.grpo = ConfigDict(
+        {
+            "clip_low": 1e-4,
+            "clip_high": 1e-4,
+            "advantage_std": "global",
+            "advantage_clip": 5.0,
+            "kl_form": "exact",
+            "minibatches": 2,
+            "epochs": 1,
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 3e-4,
+            "warmup_steps": 0,
+            "weight_decay": 1e-4,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "grad_clip": 1.0,
+            "ema_decay": 0.9,
+            "max_skipped": 5,
+        }
+    )
+    config.eval = ConfigDict(
+        {
+            "num_prompts": 0,
+            "images_per_prompt": 16,
+            "groups": 8,
+            "num_steps": 40,
+            "guidance": 4.5,
+            "use_ema": True,
+            "sample_rows": 4,
+            "sample_columns": 12,
+        }
+    )
+    config.schedule = ConfigDict(
+        {
+            "log_every": 1,
+            "sample_every": 25,
+            "eval_every": 0,
+            "checkpoint_every": 25,
+            "keep_checkpoints": 2,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1})
+    config.lock()
+    return config

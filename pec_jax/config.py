@@ -1,0 +1,381 @@
+"""From an `ml_collections.ConfigDict` to frozen, validated dataclasses.
+
+Everything below this module takes these dataclasses; nothing else sees a ConfigDict. The
+defaults live in `configs/base.py` alone: here every field is required, so that a config file
+that forgets one is an error instead of a silent default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the field and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which pipeline is fine-tuned, and at which image size."""
+
+    path: str  # "shapes" (the embedded default) or a diffusers directory
+    dtype: str  # compute dtype of the transformer: float32 | bfloat16
+    height: int  # pixels; 0 takes the pipeline's own size
+    width: int
+    remat: bool  # recompute each block's activations in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableConfig:
+    """Which parameters learn."""
+
+    mode: str  # lora | full
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # regular expressions over dotted module names
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How images are drawn (DESIGN: schedule, kernel, window)."""
+
+    num_steps: int
+    kernel: str  # flow_sde | dance_sde | cps | ode
+    noise_level: float  # a of the kernel; ignored by ode
+    guidance: float  # classifier-free guidance scale; 1 is off
+    window: tuple[int, ...]  # (start, stop) of the stochastic, trained steps; () is automatic
+    train_fraction: float  # automatic window: the first int(train_fraction * num_steps) steps
+    storage_dtype: str  # what x_next is rounded to before its log-prob is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsConfig:
+    """Prompt files (.txt or .jsonl), or names of the embedded sets."""
+
+    train: str
+    heldout: str
+    samples: tuple[str, ...]  # prompts of the sample grids; () takes the first held-out ones
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """Sizes of one iteration, and of the pieces it is computed in."""
+
+    groups: int  # P, prompts an iteration, over all hosts
+    group_size: int  # K, images a prompt
+    micro_groups: int  # groups in one forward/backward pass; 0 is all
+    decode_groups: int  # groups decoded and scored at once; 0 is all
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceptionConfig:
+    """The feature space and the estimator of the perceptual entropy."""
+
+    encoder: str  # a name in `encoders`
+    estimator: str  # gaussian | logdet | knn
+    scale: str  # unit | unit_sqrt_d
+    bandwidth: float  # gaussian: s; 0 takes the rms of the policy's own std ("schedule")
+    eps: float  # logdet: ridge
+    k: int  # knn: which neighbour
+    at: str  # final
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstraintConfig:
+    """The diversity constraint and its weight."""
+
+    name: str  # none | kl | pec
+    weight: float  # lambda; of constraint kl, the beta of the KL loss
+    unit: str  # raw | reward_std: what the weight is counted in
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """The policy update."""
+
+    clip_low: float
+    clip_high: float
+    advantage_std: str  # group | global
+    advantage_clip: float
+    kl_form: str  # exact | flow_grpo
+    minibatches: int  # optimizer updates in one pass over a rollout
+    epochs: int  # passes over a rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, gradient clipping and an EMA of the parameters."""
+
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    b1: float
+    b2: float
+    eps: float
+    grad_clip: float  # global norm; 0 is off
+    ema_decay: float
+    max_skipped: int  # non-finite updates in a row after which the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation and sample grids."""
+
+    num_prompts: int  # held-out prompts used; 0 is all
+    images_per_prompt: int
+    groups: int  # prompts evaluated at once
+    num_steps: int  # ODE steps
+    guidance: float
+    use_ema: bool
+    sample_rows: int
+    sample_columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """How often the host does what, in iterations; 0 is never (the end always counts)."""
+
+    log_every: int
+    sample_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh; -1 takes what is left."""
+
+    data: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int
+    num_iterations: int
+    model: ModelConfig
+    trainable: TrainableConfig
+    sampler: SamplerConfig
+    prompts: PromptsConfig
+    batch: BatchConfig
+    rewards: Mapping[str, float]  # name -> weight; 0 is measured in evaluation only
+    encoders: Mapping[str, str]  # name -> directory; "" is the pipeline's own encoders/<name>
+    perception: PerceptionConfig
+    constraint: ConstraintConfig
+    grpo: GrpoConfig
+    optimizer: OptimizerConfig
+    eval: EvalConfig
+    schedule: ScheduleConfig
+    mesh: MeshConfig
+
+
+def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
+    """The sentence for a name that does not exist: what was given, what exists, what is near."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(names)}."
+
+
+def from_config_dict(config: Mapping[str, Any]) -> Config:
+    """Builds and validates a Config from a ConfigDict or nested dict.
+
+    Raises:
+      ConfigError: on an unknown or missing field, a wrong type or a value out of range.
+    """
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    result = _build(Config, config, "config")
+    _validate(result)
+    return result
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """A nested dict of plain values, as stored in `config.json`."""
+    return _plain(dataclasses.asdict(config))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each field in which two `to_dict` results differ."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    lines = []
+    for key in sorted(flat_old.keys() | flat_new.keys()):
+        before, after = flat_old.get(key, "(absent)"), flat_new.get(key, "(absent)")
+        if before != after:
+            lines.append(f"config.{key}: {before!r} there, {after!r} now")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a section with fields, not {values!r}.")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{where}: " + unknown("field", key, hints))
+    missing = [name for name in hints if name not in values]
+    if missing:
+        raise ConfigError(
+            f"{where} lacks {', '.join(missing)}. Start from configs/base.py, which sets them all."
+        )
+    return cls(**{k: _convert(hints[k], values[k], f"{where}.{k}") for k in hints})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a tuple, not {value!r}.")
+        return tuple(_convert(item, v, where) for v in value)
+    if origin is not None:  # Mapping[str, T]
+        item = typing.get_args(hint)[1]
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a section with fields, not {value!r}.")
+        return types.MappingProxyType(
+            {str(k): _convert(item, v, f"{where}.{k}") for k, v in value.items()}
+        )
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where} must be of type {hint.__name__}, not {value!r}.")
+    return value
+
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "trainable.mode": ("lora", "full"),
+    "sampler.storage_dtype": ("float32", "bfloat16"),
+    "perception.scale": ("unit", "unit_sqrt_d"),
+    "perception.at": ("final",),
+    "constraint.unit": ("raw", "reward_std"),
+    "grpo.advantage_std": ("group", "global"),
+    "grpo.kl_form": ("exact", "flow_grpo"),
+}
+
+# field -> (lowest allowed, highest allowed or None)
+_RANGES = {
+    "num_iterations": (0, None),
+    "model.height": (0, 8192),
+    "model.width": (0, 8192),
+    "trainable.rank": (1, 4096),
+    "sampler.num_steps": (2, 1000),
+    "sampler.noise_level": (0.0, 10.0),
+    "sampler.guidance": (0.0, 100.0),
+    "sampler.train_fraction": (0.0, 1.0),
+    "batch.groups": (1, None),
+    "batch.group_size": (2, None),
+    "batch.micro_groups": (0, None),
+    "batch.decode_groups": (0, None),
+    "perception.bandwidth": (0.0, None),
+    "perception.eps": (0.0, None),
+    "perception.k": (1, None),
+    "constraint.weight": (0.0, None),
+    "grpo.clip_low": (0.0, 1.0),
+    "grpo.clip_high": (0.0, None),
+    "grpo.advantage_clip": (0.0, None),
+    "grpo.minibatches": (1, None),
+    "grpo.epochs": (1, None),
+    "optimizer.learning_rate": (0.0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.weight_decay": (0.0, None),
+    "optimizer.b1": (0.0, 1.0),
+    "optimizer.b2": (0.0, 1.0),
+    "optimizer.eps": (0.0, None),
+    "optimizer.grad_clip": (0.0, None),
+    "optimizer.ema_decay": (0.0, 1.0),
+    "optimizer.max_skipped": (1, None),
+    "eval.num_prompts": (0, None),
+    "eval.images_per_prompt": (2, None),
+    "eval.groups": (1, None),
+    "eval.num_steps": (2, 1000),
+    "eval.guidance": (0.0, 100.0),
+    "eval.sample_rows": (1, 64),
+    "eval.sample_columns": (1, 64),
+    "schedule.log_every": (1, None),
+    "schedule.sample_every": (0, None),
+    "schedule.eval_every": (0, None),
+    "schedule.checkpoint_every": (0, None),
+    "schedule.keep_checkpoints": (1, None),
+}
+
+
+def _validate(config: Config) -> None:
+    flat = _flatten(dataclasses.asdict(config))
+    for field, choices in _CHOICES.items():
+        if flat[field] not in choices:
+            raise ConfigError(f"config.{field}: " + unknown("value", flat[field], choices))
+    for field, (low, high) in _RANGES.items():
+        value = flat[field]
+        if not (value >= low and (high is None or value <= high)):  # also refuses NaN
+            bounds = f"at least {low}" + ("" if high is None else f" and at most {high}")
+            hint = " A group needs two images to be compared." * (field == "batch.group_size")
+            raise ConfigError(f"config.{field} is {value}; it must be {bounds}.{hint}")
+    _validate_division(config)
+    _validate_window(config.sampler)
+    p = config.perception
+    if p.estimator == "knn" and p.k >= config.batch.group_size:
+        raise ConfigError(
+            f"config.perception.k is {p.k}, but an image has only {config.batch.group_size - 1} "
+            "neighbours in its group: take a smaller k or a larger config.batch.group_size."
+        )
+    if not any(weight != 0 for weight in config.rewards.values()):
+        raise ConfigError("config.rewards: at least one reward needs a weight other than 0.")
+
+
+def _validate_division(config: Config) -> None:
+    groups, parts = config.batch.groups, config.grpo.minibatches
+    if groups % parts:
+        raise ConfigError(
+            f"config.batch.groups ({groups}) does not divide into config.grpo.minibatches "
+            f"({parts}): groups are never split, so choose a multiple of {parts}."
+        )
+    for name, size, total in (
+        ("batch.micro_groups", config.batch.micro_groups, groups // parts),
+        ("batch.decode_groups", config.batch.decode_groups, groups),
+    ):
+        if size and total % size:
+            raise ConfigError(
+                f"config.{name} is {size}, which does not divide the {total} groups of "
+                f"{'a mini-batch' if parts > 1 else 'an iteration'}: take a divisor, or 0 for all."
+            )
+
+
+def _validate_window(sampler: SamplerConfig) -> None:
+    if not sampler.window:
+        return
+    if len(sampler.window) != 2:
+        raise ConfigError("config.sampler.window must be (start, stop), or () for automatic.")
+    start, stop = sampler.window
+    if not 0 <= start < stop <= sampler.num_steps:
+        raise ConfigError(
+            f"config.sampler.window is {sampler.window}; it must satisfy "
+            f"0 <= start < stop <= num_steps ({sampler.num_steps})."
+        )

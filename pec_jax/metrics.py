@@ -1,0 +1,148 @@
+"""What a person sees of a run: metric files, TensorBoard, the progress bar, image grids.
+
+Nothing here runs inside jit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+
+class MetricWriter:
+    """Writes scalars and image grids to `metrics.jsonl`, TensorBoard (through clu) and PNGs.
+
+    Lines of `metrics.jsonl` later than `resume_step` are dropped on opening: a run that was
+    killed and resumed leaves the same file as one that was not.
+    """
+
+    def __init__(self, directory: str | Path, resume_step: int):
+        from clu import metric_writers  # imports tensorflow, which takes seconds
+
+        self._directory = Path(directory)
+        (self._directory / "samples").mkdir(parents=True, exist_ok=True)
+        path = self._directory / "metrics.jsonl"
+        _drop_lines_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = metric_writers.AsyncWriter(
+            metric_writers.SummaryWriter(str(self._directory))
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics for iteration `step`, on disk when this returns."""
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {
+            "step": int(step),
+            **{k: v if np.isfinite(v) else str(v) for k, v in sorted(numbers.items())},
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._tensorboard.write_scalars(int(step), numbers)
+
+    def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> Path:
+        """Saves a labelled sample grid; `images` [rows, columns, H, W, 3] in [0, 1]."""
+        path = self._directory / "samples" / f"step_{step:06d}.png"
+        picture = image_grid(images, captions)
+        save_png(path, picture)
+        self._tensorboard.write_images(int(step), {"samples": np.asarray(picture)[None]})
+        return path
+
+    def close(self) -> None:
+        """Flushes and closes all files."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            keep = False  # a line that a crash cut short
+        if keep:
+            kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file such that a crash leaves either the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Saves a PNG such that a crash leaves no half-written file under its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """An image [H, W, 3] in [0, 1] as 8-bit RGB, rounded to the nearest level."""
+    return Image.fromarray(np.round(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8))
+
+
+def image_grid(images: np.ndarray, captions: Sequence[str], *, cell: int = 64) -> Image.Image:
+    """A contact sheet: one captioned row a prompt.
+
+    Args:
+      images: [rows, columns, H, W, 3] in [0, 1].
+      captions: one text a row; may be empty strings.
+      cell: images narrower than this are enlarged by a whole factor, without smoothing.
+
+    Returns:
+      The sheet as a PIL image.
+    """
+    rows, columns, height, width, _ = images.shape
+    factor = max(1, -(-cell // width))
+    height, width, gap, label = height * factor, width * factor, 2, 16
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, rows * (height + gap + label) + gap), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for row in range(rows):
+        top = gap + row * (height + gap + label)
+        draw.text((gap + 2, top + 2), captions[row], fill="black")
+        for column in range(columns):
+            picture = to_picture(images[row, column])
+            picture = picture.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (gap + column * (width + gap), top + label))
+    return sheet
+
+
+class Progress:
+    """A progress bar on a terminal, a log line now and then elsewhere."""
+
+    def __init__(self, total: int, start: int, shown: Sequence[str]):
+        self._shown = shown
+        self._total = total
+        self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True)
+        self._interactive = self._bar.fp.isatty() if hasattr(self._bar.fp, "isatty") else False
+        if not self._interactive:
+            self._bar.disable = True
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the numbers of iteration `step`."""
+        text = "  ".join(
+            f"{k.split('/', 1)[-1]} {values[k]:.4g}" for k in self._shown if k in values
+        )
+        if self._interactive:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(text)
+        elif step % max(1, self._total // 20) == 0 or step == self._total:
+            logging.info("iteration %d of %d: %s", step, self._total, text)
+
+    def close(self) -> None:
+        """Leaves the last state on the screen."""
+        self._bar.close()

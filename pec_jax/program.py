@@ -1,0 +1,92 @@
+"""What a train step is made of: its static half, its frozen arrays, and its first state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from pec_jax.config import Config
+from pec_jax.flow.sampler import VelocityFn
+from pec_jax.flow.transition import get_kernel
+from pec_jax.grpo.constraints import Constraint
+from pec_jax.models import lora
+from pec_jax.rewards.base import CombinedReward
+from pec_jax.types import Array, Conditioning, PyTree, TrainState
+
+
+@struct.dataclass
+class Frozen:
+    """Every array that does not learn."""
+
+    transformer: PyTree  # linen variables of the base model
+    vae: PyTree  # linen variables
+    negative: Conditioning  # [1, ...] the empty prompt, for classifier-free guidance
+    encoders: dict[str, PyTree]  # encoder name -> params
+    rewards: dict[str, PyTree]  # reward name -> params, unless an encoder's
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The static half of a train step."""
+
+    config: Config
+    velocity_fn: VelocityFn  # (variables, x_t [N, h, w, C], sigma, conditioning) -> velocity
+    decode: Callable[[PyTree, Array], Array]  # (vae, latents [N, h, w, C]) -> [N, H, W, 3]
+    features: dict[str, Callable[[PyTree, Array], Array]]  # encoder -> images [N, ...] -> [N, d]
+    surprisal: Callable[[Array, float], Array]  # (features [P, K, d], noise scale) -> [P, K]
+    reward: CombinedReward  # those of non-zero weight, which training looks at
+    reward_encoder: dict[str, str]  # reward name -> encoder whose params it uses
+    constraint: Constraint
+    optimizer: optax.GradientTransformation
+    sigmas: np.ndarray  # [T + 1]
+    stochastic: tuple[bool, ...]  # [T]
+    latent_shape: tuple[int, int, int]  # (h, w, C)
+
+    @property
+    def trained_steps(self) -> np.ndarray:
+        """Indices [S] of the steps that are stochastic, and therefore trained."""
+        return np.flatnonzero(self.stochastic)
+
+    def step_std(self) -> np.ndarray:
+        """Std [S] of the policy at the trained steps; it depends on the schedule alone."""
+        kernel, level = get_kernel(self.config.sampler.kernel), self.config.sampler.noise_level
+        zero = jnp.zeros(())
+        return np.asarray(
+            [
+                kernel(
+                    zero,
+                    zero,
+                    self.sigmas[t],
+                    self.sigmas[t + 1],
+                    noise_level=level,
+                    sigma_max=self.sigmas[1],
+                )[1]
+                for t in self.trained_steps
+            ]
+        )
+
+
+def bind(program: Program, params: PyTree, frozen: Frozen) -> PyTree:
+    """The transformer's variables with the trainable parameters in place."""
+    trainable = program.config.trainable
+    if trainable.mode == "full":
+        return {**frozen.transformer, "params": params}
+    return {**frozen.transformer, "lora": lora.scaled(params, trainable.alpha, trainable.rank)}
+
+
+def init_state(program: Program, params: PyTree) -> TrainState:
+    """The state of a run that has not begun."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=program.optimizer.init(params),
+        constraint_weight=jnp.asarray(program.config.constraint.weight, jnp.float32),
+        skipped=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,262 @@
+"""The policy update: from one rollout to new parameters.
+
+Micro-batches are single sampler steps of some whole groups; their gradients are summed in one
+`lax.scan`, so that memory does not grow with the number of trained steps.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from pec_jax.config import Config
+from pec_jax.flow.sampler import guided, step_log_prob
+from pec_jax.flow.transition import gaussian_kl
+from pec_jax.grpo.advantage import group_advantages, probabilities
+from pec_jax.grpo.constraints import Options, Signals, constrained_loss
+from pec_jax.program import Frozen, Program, bind
+from pec_jax.types import Array, Batch, Conditioning, PyTree, Rollout, TrainState
+
+
+def update(
+    program: Program, state: TrainState, frozen: Frozen, batch: Batch, experience: Rollout
+) -> tuple[TrainState, dict[str, Array]]:
+    """The optimizer updates of one rollout: `epochs` passes over `minibatches` disjoint parts.
+
+    The ratio at the first update is exactly 1: logp_old is that update's own logp, its gradient
+    stopped. Later updates compare with logp_old recomputed here, by the update's own graph and
+    before the first of them, for the rollout's graph rounds differently.
+
+    Returns:
+      The next state (unchanged parameters where a gradient was not finite), and scalars.
+    """
+    config = program.config.grpo
+    parts = _micro_batches(program, batch, experience)
+    num_updates = config.minibatches * config.epochs
+    if num_updates > 1:
+        logp_old = _old_log_probs(program, state.params, frozen, parts)
+    else:
+        logp_old = jnp.zeros((*parts.sigma.shape, parts.x_t.shape[3]))  # never read
+    constraint, options = program.constraint, _options(program.config)
+    signals = Signals(
+        weight=state.constraint_weight, rewards=experience.rewards, surprisal=experience.surprisal
+    )
+    shaped = constraint.shape_reward(signals, options)
+    advantages = _advantages(program, shaped, None)
+    global_std = jnp.std(shaped)
+
+    def one_update(state, index):
+        def pick(tree):
+            return jax.tree.map(lambda a: a[index % config.minibatches], tree)
+
+        return _one_update(
+            program, state, frozen, pick(parts), pick(logp_old), index == 0, global_std
+        )
+
+    state, aux = jax.lax.scan(one_update, state, jnp.arange(num_updates))
+    weight = constraint.update_weight(signals, options)
+    probs = probabilities(advantages)
+    metrics = {
+        "advantage/prob_max": jnp.mean(jnp.max(probs, axis=-1)),
+        "advantage/prob_min": jnp.mean(jnp.min(probs, axis=-1)),
+        "constraint/weight": state.constraint_weight,
+        "constraint/bonus_mean": jnp.mean(shaped - experience.rewards),
+        "policy/ratio_max_deviation": aux["ratio_max_deviation"][0],
+        "policy/clip_fraction": jnp.mean(aux["clip_fraction"]),
+        "policy/kl": jnp.mean(aux["kl"]),
+        "policy/grad_norm": jnp.mean(aux["grad_norm"]),
+        "policy/loss": jnp.mean(aux["loss"]),
+        "policy/skipped": jnp.sum(aux["skipped"]).astype(jnp.float32),
+    }
+    return state.replace(step=state.step + 1, constraint_weight=weight), metrics
+
+
+@struct.dataclass
+class _Micro:
+    """Micro-batches: U mini-batches of S * C pieces, each one step of g whole groups."""
+
+    x_t: Array  # [U, S, C, g * K, h, w, C']
+    x_next: Array  # likewise
+    logp_rollout: Array  # [U, S, C, g * K]
+    sigma: Array  # [U, S, C]
+    sigma_next: Array  # [U, S, C]
+    rewards: Array  # [U, S, C, g, K]
+    surprisal: Array  # [U, S, C, g, K]
+    conditioning: Conditioning  # [U, S, C, g, ...]
+
+
+def _micro_batches(program: Program, batch: Batch, experience: Rollout) -> _Micro:
+    config, steps = program.config, program.trained_steps
+    num_groups, size = experience.rewards.shape
+    num_parts = config.grpo.minibatches
+    micro = config.batch.micro_groups or num_groups // num_parts
+    chunks = num_groups // num_parts // micro
+
+    def split(a, axis=0):  # [..., P, ...] -> [U, C, ..., g, ...]
+        # The groups of a micro-batch lie num_parts * chunks apart, so that each device, which
+        # holds a run of neighbouring groups, takes part in every one of them.
+        a = a.reshape(*a.shape[:axis], micro, num_parts, chunks, *a.shape[axis + 1 :])
+        return jnp.moveaxis(a, (axis + 1, axis + 2), (0, 1))
+
+    def per_step(a):  # [S, P * K, ...] -> [U, S, C, g * K, ...]
+        a = a[steps].reshape(len(steps), num_groups, size, *a.shape[2:])
+        a = split(a, axis=1).swapaxes(1, 2)  # [U, S, C, g, K, ...]
+        return a.reshape(*a.shape[:3], micro * size, *a.shape[5:])
+
+    def shared(a):  # [P, ...] -> [U, S, C, g, ...], the same at every step
+        a = split(a)[:, None]
+        return jnp.broadcast_to(a, (a.shape[0], len(steps), *a.shape[2:]))
+
+    def scalar(a):  # [S] -> [U, S, C]
+        return jnp.broadcast_to(jnp.asarray(a)[None, :, None], (num_parts, len(steps), chunks))
+
+    trajectory = experience.trajectory
+    return _Micro(
+        x_t=per_step(trajectory.x_t),
+        x_next=per_step(trajectory.x_next),
+        logp_rollout=per_step(trajectory.logp),
+        sigma=scalar(program.sigmas[steps]),
+        sigma_next=scalar(program.sigmas[steps + 1]),
+        rewards=shared(experience.rewards),
+        surprisal=shared(experience.surprisal),
+        conditioning=jax.tree.map(shared, batch.conditioning),
+    )
+
+
+def _step_log_prob(program: Program, variables: PyTree, frozen: Frozen, micro: _Micro):
+    """(logp [n], mean, std) of one micro-batch under `variables`."""
+    sampler, size = program.config.sampler, program.config.batch.group_size
+    return step_log_prob(
+        guided(program.velocity_fn, sampler.guidance, frozen.negative),
+        variables,
+        micro.x_t,
+        micro.x_next,
+        micro.sigma,
+        micro.sigma_next,
+        jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), micro.conditioning),
+        kernel=sampler.kernel,
+        noise_level=sampler.noise_level,
+        sigma_max=program.sigmas[1],
+    )
+
+
+def _old_log_probs(program: Program, params: PyTree, frozen: Frozen, parts: _Micro) -> Array:
+    """logp [U, S, C, n] of the taken steps under the policy before the first update."""
+    variables = bind(program, params, frozen)
+    leading = parts.sigma.shape
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), parts)
+    logp = jax.lax.map(lambda micro: _step_log_prob(program, variables, frozen, micro)[0], flat)
+    return logp.reshape(*leading, -1)
+
+
+def _loss(
+    params: PyTree,
+    program: Program,
+    frozen: Frozen,
+    micro: _Micro,
+    logp_old: Array,
+    first: Array,
+    weight: Array,
+    global_std: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of one micro-batch, and what to log of it."""
+    config, constraint = program.config, program.constraint
+    options, shape = _options(config), micro.rewards.shape  # [g, K]
+    logp, mean, std = _step_log_prob(program, bind(program, params, frozen), frozen, micro)
+    fresh = jax.lax.stop_gradient(logp)
+    logp_old = jnp.where(first, fresh, logp_old)
+    kl = None
+    if constraint.needs_reference:
+        reference = jax.lax.stop_gradient(
+            _step_log_prob(program, frozen.transformer, frozen, micro)[1]
+        )
+        dt = micro.sigma_next - micro.sigma if config.grpo.kl_form == "flow_grpo" else None
+        kl = gaussian_kl(mean, reference, std, dt).reshape(shape)
+    signals = Signals(
+        weight=weight,
+        rewards=micro.rewards,
+        surprisal=micro.surprisal,
+        logp=logp.reshape(shape),
+        logp_old=logp_old.reshape(shape),
+        ratio=jnp.exp(fresh - logp_old).reshape(shape),
+        kl=kl,
+    )
+    shaped = constraint.shape_reward(signals, options)
+    signals = signals._replace(advantages=_advantages(program, shaped, global_std))
+    loss, aux = constrained_loss(
+        constraint, signals, options, config.grpo.clip_low, config.grpo.clip_high
+    )
+    aux["kl"] = jnp.float32(0.0) if kl is None else jax.lax.stop_gradient(jnp.mean(kl))
+    return loss, {**aux, "loss": loss}
+
+
+def _one_update(
+    program: Program,
+    state: TrainState,
+    frozen: Frozen,
+    parts: _Micro,
+    logp_old: Array,
+    first: Array,
+    global_std: Array,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Gradients summed over the micro-batches [S, C] of one mini-batch, and one optimizer step."""
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (parts, logp_old))
+    count = flat[1].shape[0]
+    grad_fn = jax.grad(_loss, has_aux=True)
+
+    def accumulate(total, piece):
+        micro, logp_old = piece
+        grads, aux = grad_fn(
+            state.params,
+            program,
+            frozen,
+            micro,
+            logp_old,
+            first,
+            state.constraint_weight,
+            global_std,
+        )
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / count, total, grads), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, aux = jax.lax.scan(accumulate, zeros, flat)
+    aux = {
+        name: jnp.max(a) if name == "ratio_max_deviation" else jnp.mean(a)
+        for name, a in aux.items()
+    }
+    norm = optax.global_norm(grads)
+    state = _apply(program, state, grads, jnp.isfinite(norm) & jnp.isfinite(aux["loss"]))
+    return state, {**aux, "grad_norm": norm, "skipped": state.skipped > 0}
+
+
+def _apply(program: Program, state: TrainState, grads: PyTree, finite: Array) -> TrainState:
+    """One optimizer step and its EMA; where a number is not finite, the old state, counted."""
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params, state.ema, 1 - program.config.optimizer.ema_decay)
+
+    def keep_old(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    return state.replace(
+        params=keep_old(params, state.params),
+        ema=keep_old(ema, state.ema),
+        opt_state=keep_old(opt_state, state.opt_state),
+        skipped=jnp.where(finite, 0, state.skipped + 1),
+    )
+
+
+def _advantages(program: Program, rewards: Array, global_std: Array | None) -> Array:
+    config = program.config.grpo
+    return group_advantages(
+        rewards,
+        std=config.advantage_std,
+        global_std=global_std if config.advantage_std == "global" else None,
+        clip=config.advantage_clip,
+    )
+
+
+def _options(config: Config) -> Options:
+    return Options(unit=config.constraint.unit)

@@ -1,0 +1,68 @@
+"""The package. Each requirement has its reason beside it; tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "jax>=0.10.2,<0.12",  # the compiler; 0.11 needs Python 3.12
+    "flax>=0.12.8,<0.13",  # linen models
+    "optax>=0.2.8,<0.3",  # AdamW, clipping, schedules
+    "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints
+    "ml_collections>=1.1.0,<2",  # configs and their flags
+    "absl-py>=2.1",  # flags of every command
+    "clu>=0.0.12,<0.1",  # metric writers, periodic actions, parameter overview
+    "tensorflow-cpu>=2.21,<2.22",  # clu's metric writers import it and do not declare it
+    "tensorboard>=2.20,<3",  # likewise
+    "tensorflow-datasets>=4.9.10,<5",  # prompt sets as random-access data sources
+    "array_record>=0.8.3",  # the file format of those sources
+    "transformers>=5.10,<6",  # tokenizers; older ones have remote-code holes
+    "sentencepiece>=0.2.1,<0.3",  # T5's tokenizer
+    "safetensors>=0.6,<1",  # the only weight format that is read or written
+    "numpy>=2.0",
+    "pillow>=11",  # PNGs and sample grids
+    "tqdm>=4.66",  # progress bars
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+    "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    "test": [
+        "torch==2.13.0",  # the oracle of the parity tests
+        "diffusers==0.42.1",  # likewise
+        "peft>=0.21,<1",  # loads exported LoRAs
+        "vendi-score==0.0.3",  # oracle of the Vendi score
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.6",
+        "mypy>=1.15",
+    ],
+}
+
+
+def version() -> str:
+    for line in Path(__file__).with_name("pec_jax").joinpath("__init__.py").open(encoding="utf-8"):
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise ValueError("pec_jax/__init__.py does not set __version__")
+
+
+setup(
+    name="pec_jax",
+    version=version(),
+    description="Diversity-preserving RL fine-tuning of flow-matching image models in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pec_jax", "pec_jax.*"]),
+    package_data={
+        "pec_jax": [
+            "assets/shapes/*",
+            "assets/shapes/*/*",
+            "assets/shapes/encoders/*/*",
+        ]
+    },
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+)
