@@ -1,10 +1,200 @@
+"""Prompt files: reading, checking, and opening them as random-access sources.
+
+A prompt set is a file, either `.txt` with one prompt a line or `.jsonl` with one object a line,
+whose field "prompt" holds the text and whose other fields are metadata for rewards. `load_prompts`
+turns it, once, into an array_record data set under the cache directory and reads that.
+"""
+
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+SUFFIXES = (".txt", ".jsonl")
+MAX_LINE_CHARS = 10_000
+MAX_PROMPTS = 10_000_000
+CACHE_VARIABLE = "PEC_JAX_CACHE"
+_FORMAT = b"1"  # of the prepared data set; part of its checksum
+
+
+class PromptError(ValueError):
+    """A prompt file cannot be used; the message says which line, why, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
+    """One prompt.
+
+    Attributes:
+      text: what the image shall show.
+      metadata: what a reward may want to know besides, e.g. GenEval's expected objects.
+    """
+
     text: str
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class PromptSource(Sequence[Prompt]):
+    """Random access to the prompts of a prepared data set, in the order of the file."""
+
+    def __init__(self, records: Any):
+        """Args: records: TFDS data source of {"text": bytes, "metadata": JSON bytes}."""
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        size = len(self)
+        if not -size <= index < size:
+            raise IndexError(f"Prompt {index} of a set of {size}.")
+        record = self._records[int(index) % size]
+        return Prompt(record["text"].decode("utf-8"), json.loads(record["metadata"]))
+
+
+def cache_directory() -> Path:
+    """Where prepared prompt sets are kept: under $PEC_JAX_CACHE, else the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.environ.get(CACHE_VARIABLE) or os.path.join(base, "pec_jax")
+    return Path(base).expanduser() / "prompts"
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """The path of a prompt file that exists and is of a known kind.
+
+    Raises:
+      PromptError: there is no such file, or its name does not end in .txt or .jsonl.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise PromptError(f"The prompt file {path} {problem}. Give the path of a file.")
+    if path.suffix not in SUFFIXES:
+        raise PromptError(
+            f"The prompt file {path} must end in {' or '.join(SUFFIXES)}: plain text with one "
+            'prompt a line, or one JSON object with a field "prompt" a line.'
+        )
+    return path
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, stripped line) of those that are not blank."""
+    # A character takes at most four bytes; one byte more shows that a line is too long.
+    limit = 4 * MAX_LINE_CHARS + 1
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(limit):
+            number += 1
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                if len(raw) < limit:
+                    raise PromptError(
+                        f"{path}, line {number}: byte {error.start + 1} is not UTF-8. "
+                        f"Convert the file, e.g. with iconv -f LATIN1 -t UTF-8."
+                    ) from error
+                line = ""  # cut inside a character, and too long in any case
+            if len(line) > MAX_LINE_CHARS + 1 or len(raw) == limit:
+                raise PromptError(
+                    f"{path}, line {number}: longer than {MAX_LINE_CHARS} characters. "
+                    "Is it really one prompt a line?"
+                )
+            if line := line.strip():
+                yield number, line
+
+
+def _parse_json(line: str) -> Prompt:
+    """Reads one line of a .jsonl file; a ValueError says what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    text = record.pop("prompt", None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError('the field "prompt" must be there and hold a text')
+    return Prompt(text.strip(), record)
+
+
+def read_prompts(path: str | os.PathLike) -> Iterator[Prompt]:
+    """Reads a prompt file line by line, without any cache.
+
+    Args:
+      path: a .txt or .jsonl file; blank lines are passed over.
+
+    Yields:
+      The prompts, at least one.
+
+    Raises:
+      PromptError: the file is missing, of another kind, empty, not UTF-8, too long (10 M prompts),
+        or one of its lines is too long (10 000 characters) or not a JSON object with a "prompt".
+    """
+    path = check_file(path)
+    count = 0
+    for number, line in _read_lines(path):
+        count += 1
+        if count > MAX_PROMPTS:
+            raise PromptError(f"{path}: more than {MAX_PROMPTS} prompts. Split the file.")
+        if path.suffix == ".txt":
+            yield Prompt(line)
+            continue
+        try:
+            yield _parse_json(line)
+        except ValueError as error:
+            raise PromptError(f"{path}, line {number}: {error}. Correct the line.") from error
+    if not count:
+        raise PromptError(f"The prompt file {path} is empty. Write one prompt a line into it.")
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """SHA-256 of a prompt file's content and kind, 64 hexadecimal digits."""
+    path = check_file(path)
+    digest = hashlib.sha256(_FORMAT + path.suffix.encode() + b"\0")
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_prompts(
+    path: str | os.PathLike, cache_dir: str | os.PathLike | None = None
+) -> PromptSource:
+    """Opens a prompt file as a random-access source, prepared on the first use.
+
+    The prepared data set is found again by the file's checksum, so that an edited file is prepared
+    anew and an unchanged one opens at once.
+
+    Args:
+      path: a .txt or .jsonl file.
+      cache_dir: where to keep the prepared set; `cache_directory()` if None.
+
+    Returns:
+      A sequence of prompts in the order of the file.
+
+    Raises:
+      PromptError: as `read_prompts`, or the cache directory cannot be written or read.
+    """
+    # TFDS takes its time to import, and those who only want a `Prompt` do not need it.
+    from pec_jax.data import prompt_builder
+
+    path = check_file(path)
+    directory = Path(cache_dir).expanduser() if cache_dir else cache_directory()
+    try:
+        return PromptSource(prompt_builder.open_records(path, checksum(path), directory))
+    except OSError as error:
+        raise PromptError(
+            f"Cannot prepare the prompt file {path} in {directory}: {error}. "
+            f"Make room there, or set {CACHE_VARIABLE} to a directory that can be written."
+        ) from error
