@@ -11,6 +11,7 @@ linear layer is [in, out], of a convolution [kh, kw, in, out]; `scale` is a norm
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from jax.nn import initializers as init
 
 Array = jax.Array
 Initializer = Callable[..., Array]
+RUN_NAME = re.compile(r"(.*)\.(\d+):(\d+)")  # a scanned run, see `run_name`
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -298,6 +300,29 @@ class GroupNorm(nn.Module):
 def run_name(prefix: str, start: int, stop: int) -> str:
     """The name of the scanned run of layers prefix.start .. prefix.(stop - 1)."""
     return f"{prefix}.{start}:{stop}"
+
+
+def expand_runs(path: Sequence[str]) -> list[str]:
+    """The dotted torch module names that a module path stands for.
+
+    Args:
+        path: module names from the root, without the collection and the leaf.
+
+    Returns:
+        One name; or one a layer, in order, if a module of the path is a scanned run.
+
+    Raises:
+        ValueError: two runs inside one another, which no network here has.
+    """
+    runs = [(i, match) for i, part in enumerate(path) if (match := RUN_NAME.fullmatch(part))]
+    if not runs:
+        return [".".join(path)]
+    if len(runs) > 1:
+        raise ValueError(f"nested scanned runs in {'/'.join(path)}")
+    position, match = runs[0]
+    prefix, start, stop = match.group(1), int(match.group(2)), int(match.group(3))
+    before, after = list(path[:position]), list(path[position + 1 :])
+    return [".".join([*before, f"{prefix}.{i}", *after]) for i in range(start, stop)]
 
 
 def scan_layers(

@@ -24,11 +24,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from pec_jax.models.layers import RUN_NAME, expand_runs
 from pec_jax.weights.tensors import TensorFiles, WeightsError
 
 PyTree = Any
 STORED = ("params", "buffers")
-RUN = re.compile(r"(.*)\.(\d+):(\d+)")
 LISTED = 5  # names an error message shows
 
 
@@ -54,29 +54,6 @@ class Leaf:
         return tuple(shape[self.axes.index(i)] for i in range(len(shape)))
 
 
-def torch_names(path: Sequence[str]) -> list[str]:
-    """The dotted torch module names that a module path stands for.
-
-    Args:
-        path: module names from the root, without the collection and the leaf.
-
-    Returns:
-        One name; or one a layer, in order, if a module of the path is a scanned run.
-
-    Raises:
-        ValueError: two runs inside one another, which no network here has.
-    """
-    runs = [(i, match) for i, part in enumerate(path) if (match := RUN.fullmatch(part))]
-    if not runs:
-        return [".".join(path)]
-    if len(runs) > 1:
-        raise ValueError(f"nested scanned runs in {'/'.join(path)}")
-    position, match = runs[0]
-    prefix, start, stop = match.group(1), int(match.group(2)), int(match.group(3))
-    before, after = list(path[:position]), list(path[position + 1 :])
-    return [".".join([*before, f"{prefix}.{i}", *after]) for i in range(start, stop)]
-
-
 def leaves(variables: PyTree) -> Iterator[tuple[Leaf, Any]]:
     """Each stored leaf of the variables with its place in torch's state dict.
 
@@ -90,13 +67,13 @@ def leaves(variables: PyTree) -> Iterator[tuple[Leaf, Any]]:
         tree = traverse_util.flatten_dict(nn.unbox(dict(variables.get(collection, {}))))
         for path, value in tree.items():
             modules, leaf = path[:-1], path[-1]
-            stacked = any(RUN.fullmatch(part) for part in modules)
+            stacked = any(RUN_NAME.fullmatch(part) for part in modules)
             ndim = len(value.shape) - stacked
             axes = tuple(range(ndim))
             if leaf == "kernel":
                 axes = {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
             suffix = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-            names = tuple(f"{name}.{suffix}" if name else suffix for name in torch_names(modules))
+            names = tuple(f"{name}.{suffix}" if name else suffix for name in expand_runs(modules))
             yield Leaf((collection, *path), names, axes, stacked), value
 
 
