@@ -37,10 +37,7 @@ from pec_jax.models.layers import (
 Array = jax.Array
 
 # Buffers that older versions of transformers saved along; they hold 0, 1, 2, ...
-IGNORED_TENSORS = (
-    "text_model.embeddings.position_ids",
-    "vision_model.embeddings.position_ids",
-)
+IGNORED_TENSORS = (r"(text|vision)_model\.embeddings\.position_ids",)
 
 # transformers wrote this end-of-text id into many configs by mistake; models that carry it are
 # pooled at the highest token id instead, which is the end-of-text token of the real vocabulary.

@@ -37,7 +37,7 @@ from pec_jax.models.layers import (
 Array = jax.Array
 
 # The token table is `shared.weight`; some files hold it a second time under this name.
-IGNORED_TENSORS = ("encoder.embed_tokens.weight",)
+IGNORED_TENSORS = (r"encoder\.embed_tokens\.weight",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from pec_jax.models.layers import (
 Array = jax.Array
 
 # A head that DINO was not trained with: transformers adds it with random values and saves it.
-IGNORED_TENSORS = ("pooler.dense.weight", "pooler.dense.bias")
+IGNORED_TENSORS = (r"pooler\..*",)
 
 
 @dataclasses.dataclass(frozen=True)
