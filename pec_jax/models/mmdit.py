@@ -20,6 +20,7 @@ from pec_jax.models import layers
 
 Array = jax.Array
 TIME_FEATURES = 256  # sinusoidal features of the timestep, fixed in SD3
+MAX_LAYERS = 1000  # a damaged config must not make us enumerate forever
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,12 @@ class MMDiTConfig:
         return cls(**given)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise ValueError(f"transformer config: {field.name} {value} must be at least 1")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"transformer config: num_layers {self.num_layers} > {MAX_LAYERS}")
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"transformer config: qk_norm {self.qk_norm!r} is not None, rms_norm")
         if self.caption_projection_dim != self.inner_dim:

@@ -17,6 +17,7 @@ from pec_jax.models import layers
 
 Array = jax.Array
 EPSILON = 1e-6
+MAX_LEVELS = 16  # a damaged config must not make us build forever
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -77,6 +78,19 @@ class VAEConfig:
         return cls(**given)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise ValueError(f"vae config: {field.name} {value} must be at least 1")
+        if not self.block_out_channels or len(self.block_out_channels) > MAX_LEVELS:
+            raise ValueError(
+                f"vae config: block_out_channels {self.block_out_channels} must have 1 to "
+                f"{MAX_LEVELS} levels"
+            )
+        if self.layers_per_block > MAX_LEVELS:
+            raise ValueError(f"vae config: layers_per_block {self.layers_per_block} > {MAX_LEVELS}")
+        if self.scaling_factor == 0.0:
+            raise ValueError("vae config: scaling_factor must not be 0")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(

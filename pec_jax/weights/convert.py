@@ -111,8 +111,8 @@ def from_torch(
         {"params": ..., "buffers": ...} of numpy arrays in host memory.
 
     Raises:
-        WeightsError: a tensor is missing, unexpected, of another shape or not finite-typed; the
-            message names it, both shapes, and the file.
+        WeightsError: a tensor is missing, unexpected, or of another shape; the message
+            names it, both shapes, and the file.
     """
     source = f"{tensors.directory}: " if isinstance(tensors, TensorFiles) else ""
     plan = list(leaves(abstract_variables))
@@ -130,13 +130,14 @@ def from_torch(
             f"{source}{len(extra)} tensors have no place in the network, such as "
             f"{_listing(extra)}; config.json describes another network"
         )
+    for leaf, expected in plan:  # all shapes before any memory is taken
+        for name in leaf.names:
+            _check_shape(tensors, name, leaf.torch_shape(expected.shape))
     flat = {}
     for leaf, expected in plan:
         target = np.dtype(dtype if dtype is not None else expected.dtype)
         array = np.empty(expected.shape, target)
-        shape = leaf.torch_shape(expected.shape)
         for i, name in enumerate(leaf.names):
-            _check_shape(tensors, name, shape)
             value = np.transpose(np.asarray(tensors[name]), leaf.axes)
             array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
         flat[leaf.path] = array
