@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import struct
 
 from pec_jax.config import Config
 from pec_jax.flow.sampler import VelocityFn
-from pec_jax.flow.transition import get_kernel
+from pec_jax.flow.transition import schedule_stds
 from pec_jax.grpo.constraints import Constraint
 from pec_jax.models import lora
 from pec_jax.rewards.base import CombinedReward
@@ -28,7 +28,14 @@ class Frozen:
     vae: PyTree  # linen variables
     negative: Conditioning  # [1, ...] the empty prompt, for classifier-free guidance
     encoders: dict[str, PyTree]  # encoder name -> params
-    rewards: dict[str, PyTree]  # reward name -> params, unless an encoder's
+    rewards: dict[str, PyTree]  # reward name -> params, where they are not an encoder's
+
+    def reward_params(self, reward_encoder: Mapping[str, str]) -> dict[str, PyTree]:
+        """Reward name -> params; an encoder that also serves perception is held only once."""
+        return {
+            name: self.encoders[encoder] if encoder else self.rewards[name]
+            for name, encoder in reward_encoder.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +46,9 @@ class Program:
     velocity_fn: VelocityFn  # (variables, x_t [N, h, w, C], sigma, conditioning) -> velocity
     decode: Callable[[PyTree, Array], Array]  # (vae, latents [N, h, w, C]) -> [N, H, W, 3]
     features: dict[str, Callable[[PyTree, Array], Array]]  # encoder -> images [N, ...] -> [N, d]
-    surprisal: Callable[[Array, float], Array]  # (features [P, K, d], noise scale) -> [P, K]
+    surprisal: Callable[[Array], Array]  # raw features [P, K, d] -> [P, K]
     reward: CombinedReward  # those of non-zero weight, which training looks at
-    reward_encoder: dict[str, str]  # reward name -> encoder whose params it uses
+    reward_encoder: dict[str, str]  # reward name -> the encoder whose params it uses, or ""
     constraint: Constraint
     optimizer: optax.GradientTransformation
     sigmas: np.ndarray  # [T + 1]
@@ -53,23 +60,10 @@ class Program:
         """Indices [S] of the steps that are stochastic, and therefore trained."""
         return np.flatnonzero(self.stochastic)
 
-    def step_std(self) -> np.ndarray:
+    def step_std(self) -> Array:
         """Std [S] of the policy at the trained steps; it depends on the schedule alone."""
-        kernel, level = get_kernel(self.config.sampler.kernel), self.config.sampler.noise_level
-        zero = jnp.zeros(())
-        return np.asarray(
-            [
-                kernel(
-                    zero,
-                    zero,
-                    self.sigmas[t],
-                    self.sigmas[t + 1],
-                    noise_level=level,
-                    sigma_max=self.sigmas[1],
-                )[1]
-                for t in self.trained_steps
-            ]
-        )
+        sampler = self.config.sampler
+        return schedule_stds(self.sigmas, sampler.kernel, sampler.noise_level)[self.trained_steps]
 
 
 def bind(program: Program, params: PyTree, frozen: Frozen) -> PyTree:

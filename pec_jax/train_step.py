@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from pec_jax.data.pipeline import repeat_groups
 from pec_jax.flow.sampler import guided, sample
 from pec_jax.flow.transition import policy_entropy
-from pec_jax.perception.entropy import perceptual_variance
+from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.program import Frozen, Program, bind
 from pec_jax.rewards.base import as_8bit
 from pec_jax.types import Array, Batch, PyTree, Rollout, TrainState, Trajectory
@@ -48,7 +48,7 @@ def rollout(
 ) -> Trajectory:
     """Samples K paths for each prompt with the current policy; N = P * K, group by group."""
     sampler, size = program.config.sampler, program.config.batch.group_size
-    conditioning = jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), batch.conditioning)
+    conditioning = repeat_groups(batch.conditioning, size)
     count = batch.prompt_ids.shape[0] * size
     x_1 = jax.random.normal(jax.random.fold_in(key, 0), (count, *program.latent_shape))
     return sample(
@@ -74,11 +74,7 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
     config = program.config
     num_groups, size = batch.prompt_ids.shape[0], config.batch.group_size
     x_0 = trajectory.x_0.reshape(num_groups, size, *program.latent_shape)
-    reward_params = {
-        name: frozen.encoders[encoder] if encoder else frozen.rewards[name]
-        for name, encoder in program.reward_encoder.items()
-        if name in program.reward.rewards
-    }
+    reward_params = frozen.reward_params(program.reward_encoder)
 
     def score_groups(chunk):
         x_0, inputs = chunk  # [g, K, h, w, C]
@@ -86,7 +82,9 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
         grouped = images.reshape(*x_0.shape[:2], *images.shape[1:])
         total, parts = program.reward.score(reward_params, grouped, inputs)
         encoder = config.perception.encoder
-        features = program.features[encoder](frozen.encoders[encoder], as_8bit(images))
+        # Written as the rewards write it, so that an encoder that is also a reward runs once.
+        flat = as_8bit(grouped).reshape(images.shape)
+        features = program.features[encoder](frozen.encoders[encoder], flat)
         return {
             "total": total,
             "parts": parts,
@@ -96,17 +94,17 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
 
     chunk_size = config.batch.decode_groups or num_groups
     scored = _map_chunks(score_groups, (x_0, batch.reward_inputs), num_groups // chunk_size)
-    std = program.step_std()
-    surprisal = program.surprisal(scored["features"], float(np.sqrt(np.mean(std**2))))
+    surprisal = program.surprisal(scored["features"])
+    unit = scale_features(scored["features"], "unit")
     logp = trajectory.logp[program.trained_steps]
     metrics = {
         "reward/mean": jnp.mean(scored["total"]),
         "reward/std": jnp.mean(jnp.std(scored["total"], axis=1)),
         **{f"reward/{name}": jnp.mean(part) for name, part in scored["parts"].items()},
-        "entropy/policy": jnp.mean(policy_entropy(jnp.asarray(std))),
+        "entropy/policy": jnp.mean(policy_entropy(program.step_std())),
         "entropy/policy_mc": -jnp.mean(logp),
         "entropy/perceptual": jnp.mean(surprisal),
-        "diversity/variance_perceptual": jnp.mean(perceptual_variance(_unit(scored["features"]))),
+        "diversity/variance_perceptual": jnp.mean(perceptual_variance(unit)),
         "diversity/variance_latent": jnp.mean(
             perceptual_variance(x_0.reshape(num_groups, size, -1))
         ),
@@ -115,10 +113,6 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
     return Rollout(
         trajectory=trajectory, rewards=scored["total"], surprisal=surprisal, metrics=metrics
     )
-
-
-def _unit(features: Array) -> Array:
-    return features / jnp.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
 
 
 def _map_chunks(function: Callable, tree: PyTree, chunks: int) -> PyTree:

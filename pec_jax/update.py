@@ -12,6 +12,7 @@ import optax
 from flax import struct
 
 from pec_jax.config import Config
+from pec_jax.data.pipeline import repeat_groups
 from pec_jax.flow.sampler import guided, step_log_prob
 from pec_jax.flow.transition import gaussian_kl
 from pec_jax.grpo.advantage import group_advantages, probabilities
@@ -69,6 +70,7 @@ def update(
         "policy/grad_norm": jnp.mean(aux["grad_norm"]),
         "policy/loss": jnp.mean(aux["loss"]),
         "policy/skipped": jnp.sum(aux["skipped"]).astype(jnp.float32),
+        "policy/skipped_in_a_row": state.skipped.astype(jnp.float32),
     }
     return state.replace(step=state.step + 1, constraint_weight=weight), metrics
 
@@ -135,7 +137,7 @@ def _step_log_prob(program: Program, variables: PyTree, frozen: Frozen, micro: _
         micro.x_next,
         micro.sigma,
         micro.sigma_next,
-        jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), micro.conditioning),
+        repeat_groups(micro.conditioning, size),
         kernel=sampler.kernel,
         noise_level=sampler.noise_level,
         sigma_max=program.sigmas[1],

@@ -92,7 +92,7 @@ def colour_histogram_entropy(labels: np.ndarray, num_classes: int) -> np.ndarray
         ValueError: for a label outside [-1, num_classes).
     """
     labels = np.asarray(labels)
-    if labels.size and not (-1 <= labels.min() and labels.max() < num_classes):
+    if labels.size and not (labels.min() >= -1 and labels.max() < num_classes):
         raise ValueError(
             f"Labels lie in [{labels.min()}, {labels.max()}], outside [-1, {num_classes})."
         )

@@ -1,0 +1,17 @@
+"""Flow-GRPO with a perceptual entropy constraint on the embedded shapes model: the cure.
+
+Paper: arXiv 2605.12112, Table 1, rows "PEC", at the scale of a laptop.
+Command: python -m pec_jax.main --config=configs/shapes_pec.py --workdir=runs/shapes_pec
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes_grpo
+
+
+def get_config() -> ConfigDict:
+    """Returns the config: shapes_grpo plus the constraint."""
+    config = shapes_grpo.get_config()
+    config.constraint.update({"name": "pec", "weight": 0.1, "unit": "reward_std"})
+    config.perception.update({"estimator": "knn"})
+    return config

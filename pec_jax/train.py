@@ -1,0 +1,303 @@
+"""The host loop: data, step, log, save, evaluate. No maths."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from clu import parameter_overview, periodic_actions
+
+from pec_jax import config as config_lib
+from pec_jax import sharding
+from pec_jax.assemble import EVAL_STREAM, SAMPLE_STREAM, TRAIN_STREAM, World, make_world, stream_key
+from pec_jax.checkpoint import Checkpointer
+from pec_jax.data.pipeline import PromptStream
+from pec_jax.errors import RunError
+from pec_jax.evaluation.evaluate import Evaluator, Sampler
+from pec_jax.metrics import MetricWriter, Progress, write_text
+from pec_jax.program import init_state
+from pec_jax.train_step import train_step
+from pec_jax.types import Array, PyTree, TrainState
+
+SHOWN = ("reward/mean", "reward/std", "entropy/perceptual", "entropy/policy", "time/step_seconds")
+
+
+def train(
+    config_dict: Mapping[str, Any], workdir: str | Path, *, allow_config_change: bool = False
+) -> dict[str, float]:
+    """Trains to the end, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      config_dict: a ConfigDict or nested dict as `configs/base.py` makes it.
+      workdir: the run directory.
+      allow_config_change: resume although the directory's config differs.
+
+    Returns:
+      The final evaluation, as in `eval.json`; empty if the run was told to stop early.
+
+    Raises:
+      ConfigError, RunError, ValueError, OSError: sentences for a person.
+    """
+    config = config_lib.from_config_dict(config_dict)
+    directory = prepare_directory(Path(workdir).expanduser(), config, allow_config_change)
+    logging.info("Loading models and encoding prompts ...")
+    world = make_world(config)
+    run = _Run(world, directory)
+    with _stop_on_signal() as stop:
+        return run.loop(stop)
+
+
+def prepare_directory(
+    directory: Path, config: config_lib.Config, allow_config_change: bool
+) -> Path:
+    """Makes the run directory, or checks that the one there belongs to this config.
+
+    Raises:
+      RunError: another config's directory; the message lists the fields that differ.
+      OSError: it cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.json"
+    ours = config_lib.to_dict(config)
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is not JSON ({error}): choose a new --workdir.") from None
+        changes = config_lib.differences(theirs, ours)
+        if changes and not allow_config_change:
+            raise RunError(
+                f"{directory} was made with another config:\n  " + "\n  ".join(changes) + "\n"
+                "Choose another --workdir, or pass --allow_config_change to go on with the new one."
+            )
+    write_text(path, json.dumps(ours, indent=2, sort_keys=True) + "\n")
+    return directory
+
+
+class _Run:
+    """One process's share of a run: the compiled step and everything around it."""
+
+    def __init__(self, world: World, directory: Path):
+        config = world.config
+        self._world, self._config, self._directory = world, config, directory
+        self._mesh = sharding.make_mesh(config)
+        self._frozen = sharding.put_replicated(world.frozen, self._mesh)
+        self._key = sharding.put_replicated(stream_key(config, TRAIN_STREAM), self._mesh)
+        self._stream = PromptStream(
+            len(world.train),
+            config.batch.groups,
+            config.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        self._step = jax.jit(functools.partial(train_step, world.program), donate_argnums=0)
+        self._checkpointer = Checkpointer(
+            directory / "checkpoints", config.schedule.keep_checkpoints
+        )
+        self._evaluator = Evaluator(world, stream_key(config, EVAL_STREAM))
+        self._sampler = Sampler(world, stream_key(config, SAMPLE_STREAM))
+
+    def loop(self, stop: _StopFlag) -> dict[str, float]:
+        """Iterates from where the run stands to its end, or until told to stop."""
+        state, first = self._start()
+        writer = MetricWriter(self._directory, resume_step=first)
+        progress = Progress(self._config.num_iterations, first, SHOWN)
+        log = _Log(writer, progress, self._config)
+        actions = self._actions(writer, log)
+        base = self._base_evaluation()
+        if first == 0:
+            self._save_samples(writer, 0, state)
+        logging.info("Compiling the train step: the first iteration takes its time ...")
+        try:
+            for iteration in range(first, self._config.num_iterations):
+                if stop.requested:
+                    break
+                batch = sharding.put_batch(
+                    self._world.train.gather(self._stream.ids(iteration)), self._mesh
+                )
+                state, metrics = self._step(state, self._frozen, batch, self._key)
+                log.add(iteration + 1, metrics)
+                if iteration + 1 < self._config.num_iterations:
+                    for action in actions:
+                        action(iteration + 1, state=state)
+            log.flush()
+            return self._finish(state, base, writer, stopped=stop.requested)
+        finally:
+            progress.close()
+            writer.close()
+            self._checkpointer.close()
+
+    def _start(self) -> tuple[TrainState, int]:
+        """The newest intact checkpoint's state, or a new one; and how many iterations it has."""
+        state = init_state(self._world.program, self._world.params)
+        state = sharding.put_replicated(state, self._mesh)
+        restored = self._checkpointer.restore(state)
+        if restored is not None:
+            logging.info("Resuming after iteration %d.", int(restored.step))
+            return restored, int(restored.step)
+        logging.info(
+            "Trainable parameters:\n%s",
+            parameter_overview.get_parameter_overview(
+                self._world.params, include_stats=False, max_lines=12
+            ),
+        )
+        return state, 0
+
+    def _actions(self, writer: MetricWriter, log: _Log) -> list[periodic_actions.PeriodicCallback]:
+        """What happens every so many iterations; the last one is left to `_finish`."""
+        every = self._config.schedule
+
+        def save(state: TrainState) -> None:
+            log.flush()
+            self._checkpointer.save(state)
+
+        def sample(state: TrainState) -> None:
+            self._save_samples(writer, int(state.step), state)
+
+        def evaluate(state: TrainState) -> None:
+            log.flush()
+            writer.scalars(int(state.step), self._evaluator(self._eval_params(state), self._frozen))
+
+        pairs = (
+            (every.checkpoint_every, save),
+            (every.sample_every, sample),
+            (every.eval_every, evaluate),
+        )
+        return [
+            periodic_actions.PeriodicCallback(
+                every_steps=steps, callback_fn=function, pass_step_and_time=False
+            )
+            for steps, function in pairs
+            if steps
+        ]
+
+    def _finish(
+        self, state: TrainState, base: dict[str, float], writer: MetricWriter, *, stopped: bool
+    ) -> dict[str, float]:
+        step = int(state.step)
+        self._checkpointer.save(state)
+        self._checkpointer.wait()
+        if stopped and step < self._config.num_iterations:
+            logging.info("Stopped after iteration %d; the same command goes on from there.", step)
+            return {}
+        self._save_samples(writer, step, state)
+        result = self._evaluator(self._eval_params(state), self._frozen)
+        result |= {f"base/{name}": value for name, value in base.items()}
+        result |= {"seed": self._config.seed, "iterations": step}
+        write_text(self._directory / "eval.json", json.dumps(result, indent=2) + "\n")
+        _report(result)
+        return result
+
+    def _base_evaluation(self) -> dict[str, float]:
+        """The model as it was before training; kept in a file, for a resumed run has lost it."""
+        path = self._directory / "eval_base.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        result = self._evaluator(self._world.params, self._frozen)
+        write_text(path, json.dumps(result, indent=2) + "\n")
+        return result
+
+    def _eval_params(self, state: TrainState) -> PyTree:
+        return state.ema if self._config.eval.use_ema else state.params
+
+    def _save_samples(self, writer: MetricWriter, step: int, state: TrainState) -> None:
+        images = self._sampler(self._eval_params(state), self._frozen)
+        path = writer.grid(step, images, [p.text for p in self._world.sample_prompts])
+        logging.info("Samples: %s", path)
+
+
+class _Log:
+    """Metrics on their way to the files, one iteration late.
+
+    Reading a number waits for the step that makes it. So the numbers of an iteration are read
+    after the next one has been dispatched, and the device never waits for the host.
+    """
+
+    def __init__(self, writer: MetricWriter, progress: Progress, config: config_lib.Config):
+        self._writer, self._progress, self._config = writer, progress, config
+        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._last = time.perf_counter()
+        self._skipped = 0
+
+    def add(self, step: int, metrics: dict[str, Array]) -> None:
+        """Takes the numbers of `step`, writes those of the step before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes what is pending.
+
+        Raises:
+          RunError: after `optimizer.max_skipped` updates in a row that were not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        values["time/step_seconds"] = now - self._last
+        batch = self._config.batch
+        values["time/images_per_second"] = batch.groups * batch.group_size / (now - self._last)
+        self._last = now
+        if step % self._config.schedule.log_every == 0 or step == self._config.num_iterations:
+            self._writer.scalars(step, values)
+        self._progress.update(step, values)
+        self._count_skipped(step, values)
+
+    def _count_skipped(self, step: int, values: Mapping[str, float]) -> None:
+        if not values["policy/skipped"]:
+            return
+        in_a_row = int(values["policy/skipped_in_a_row"])
+        logging.warning(
+            "Iteration %d: a reward or gradient was not finite; %d update(s) in a row left out.",
+            step,
+            in_a_row,
+        )
+        if in_a_row >= self._config.optimizer.max_skipped:
+            raise RunError(
+                f"{in_a_row} updates in a row were not finite (iteration {step}). The parameters "
+                "are those before the first of them, in the newest checkpoint. Lower "
+                "config.optimizer.learning_rate, or look for the reward that is not finite in "
+                "metrics.jsonl."
+            )
+
+
+class _StopFlag:
+    requested = False
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_StopFlag]:
+    """SIGTERM and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C stops at once."""
+    flag = _StopFlag()
+
+    def ask(number: int, frame: Any) -> None:
+        if flag.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.requested = True
+        logging.info("Stopping after this iteration ...")
+
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _report(result: Mapping[str, float]) -> None:
+    """The final numbers beside those of the base model, for a person."""
+    lines = [f"{'metric':32} {'base':>10} {'now':>10}"]
+    for name in sorted(result):
+        if name.startswith(("quality/", "diversity/")) and not name.endswith(("/low", "/high")):
+            lines.append(f"{name:32} {result[f'base/{name}']:10.4f} {result[name]:10.4f}")
+    logging.info("Held-out evaluation:\n%s", "\n".join(lines))
