@@ -1,0 +1,239 @@
+"""Image preprocessing inside the graph, as `preprocessor_config.json` describes it.
+
+    [0, 1] images -> resize -> centre crop -> rescale -> (x - mean) / std
+
+The processors of transformers resize 8-bit images with Pillow: one axis after the other, each
+pass rounded to 8 bits again. `resize` does the same in floating point, rounding included, and lets
+gradients pass through the rounding; what remains of a difference are single levels (1/255) where
+Pillow's fixed-point sum falls on the other side of a half. Images that already have the right
+size are not touched: whether they are rounded to 8 bits is the caller's business
+(`to_uint8_levels`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip": {
+        "size": {"shortest_edge": 224},
+        "resample": 3,
+        "do_center_crop": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
+    "vit": {
+        "size": {"height": 224, "width": 224},
+        "resample": 2,
+        "do_center_crop": False,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    },
+}
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1.0 - np.abs(x), 0.0)
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    """Keys' cubic with a = -1/2 (torch's has -3/4)."""
+    a, x = -0.5, np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+# Pillow's number of a filter -> the filter and its half-width.
+FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    2: (_bilinear, 1.0),
+    3: (_bicubic, 2.0),
+}
+
+
+def resize_weights(size: int, new_size: int, resample: int) -> np.ndarray:
+    """The matrix that resamples one axis, smoothed by the scale where it shrinks.
+
+    Args:
+        size: pixels of the axis.
+        new_size: pixels wanted.
+        resample: Pillow's number of the filter, 2 (bilinear) or 3 (bicubic).
+
+    Returns:
+        [new_size, size] fp32; rows sum to one, also at the borders, where the filter is cut.
+
+    Source: Keys 1981, "Cubic Convolution Interpolation for Digital Image Processing", equation 4
+    with a = -1/2; cutting and scaling of the filter as in Pillow's `Image.resize`.
+    """
+    function, half_width = FILTERS[resample]
+    scale = size / new_size
+    stretch = max(scale, 1.0)
+    centers = (np.arange(new_size) + 0.5) * scale
+    # Pillow cuts the filter at whole pixels, half a pixel around its support.
+    first = np.floor(centers - half_width * stretch + 0.5)
+    last = np.floor(centers + half_width * stretch + 0.5)
+    pixels = np.arange(size)
+    weights = function((pixels[None, :] + 0.5 - centers[:, None]) / stretch)
+    inside = (pixels[None, :] >= first[:, None]) & (pixels[None, :] < last[:, None])
+    weights = np.where(inside, weights, 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _round_levels(x: Array) -> Array:
+    """Rounds to whole levels in [0, 255], halves up; the gradient is that of the clipping alone."""
+    x = jnp.clip(x, 0.0, 255.0)
+    # The difference is exactly zero: it adds a gradient and no rounding error.
+    return jax.lax.stop_gradient(jnp.floor(x + 0.5)) + (x - jax.lax.stop_gradient(x))
+
+
+def to_uint8_levels(images: Array) -> Array:
+    """Rounds images to the values that a saved PNG would hold, round(255 x) / 255.
+
+    Args:
+        images: [..., H, W, C]; what lies outside [0, 1] is clipped.
+
+    Returns:
+        The same shape, multiples of 1/255 in [0, 1]; the gradient passes straight through the
+        rounding, but not where a value was clipped.
+    """
+    return _round_levels(images.astype(jnp.float32) * 255.0) / 255.0
+
+
+def resize(images: Array, height: int, width: int, resample: int) -> Array:
+    """Resizes as Pillow does 8-bit images: columns, then rows, 8 bits after each pass.
+
+    Args:
+        images: [N, H, W, C] in [0, 1].
+        height: wanted, pixels.
+        width: wanted, pixels.
+        resample: Pillow's number of the filter, 2 (bilinear) or 3 (bicubic).
+
+    Returns:
+        [N, height, width, C] in [0, 1], multiples of 1/255; `images` itself if nothing changes.
+    """
+    old_height, old_width = images.shape[1:3]
+    if (old_height, old_width) == (height, width):
+        return images
+    levels = _round_levels(images.astype(jnp.float32) * 255.0)
+    exact = jax.lax.Precision.HIGHEST  # 8 bits do not survive a bf16 product
+    if old_width != width:
+        matrix = resize_weights(old_width, width, resample)
+        levels = _round_levels(jnp.einsum("nhwc,vw->nhvc", levels, matrix, precision=exact))
+    if old_height != height:
+        matrix = resize_weights(old_height, height, resample)
+        levels = _round_levels(jnp.einsum("nhwc,uh->nuwc", levels, matrix, precision=exact))
+    return levels / 255.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessor:
+    """One `preprocessor_config.json`, ready to be applied to batches in a graph."""
+
+    shortest_edge: int | None  # resize the shorter side to this, keeping the aspect ratio, or
+    size: tuple[int, int] | None  # resize to this (height, width); both None: no resize
+    resample: int
+    crop: tuple[int, int] | None  # (height, width) cut out of the middle
+    scale: float  # of values in [0, 1]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], kind: str) -> Preprocessor:
+        """Reads a preprocessor_config.json, old (sizes as numbers) or new (as dictionaries).
+
+        Args:
+            values: the dictionary.
+            kind: "clip" or "vit", for the entries that the file leaves out.
+
+        Returns:
+            The preprocessor.
+
+        Raises:
+            ValueError: an entry that we cannot compute; the message names it and its value.
+        """
+        values = {**DEFAULTS[kind], **values}
+        resample = values["resample"]
+        if resample not in FILTERS:
+            known = ", ".join(str(number) for number in FILTERS)
+            raise ValueError(
+                f"preprocessor_config.json: resample = {resample!r} is not supported; "
+                f"supported: {known} (Pillow's bilinear and bicubic)"
+            )
+        if values.get("do_pad"):
+            raise ValueError("preprocessor_config.json: do_pad = True is not supported")
+        edge, size = None, None
+        if values.get("do_resize", True):
+            edge, size = _read_size(values["size"], square=kind == "vit")
+        crop = None
+        if values["do_center_crop"]:
+            crop = _read_size(values.get("crop_size", 224), square=True)[1]
+        rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+        normalize = values.get("do_normalize", True)
+        return cls(
+            shortest_edge=edge,
+            size=size,
+            resample=resample,
+            crop=crop,
+            scale=255.0 * rescale,
+            mean=tuple(values["image_mean"]) if normalize else (0.0,),
+            std=tuple(values["image_std"]) if normalize else (1.0,),
+        )
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after resizing and cropping an image of the given size."""
+        return self.crop or self._resized(height, width)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.shortest_edge is not None:
+            short, long = sorted((height, width))
+            other = int(self.shortest_edge * long / short)
+            return (self.shortest_edge, other) if height <= width else (other, self.shortest_edge)
+        return self.size or (height, width)
+
+    def __call__(self, images: Array) -> Array:
+        """Prepares images for an encoder.
+
+        Args:
+            images: [N, H, W, 3] in [0, 1].
+
+        Returns:
+            [N, h, w, 3] fp32, normalised.
+
+        Raises:
+            ValueError: the crop is larger than the resized image.
+        """
+        x = resize(images, *self._resized(*images.shape[1:3]), self.resample)
+        if self.crop is not None:
+            (height, width), (crop_height, crop_width) = x.shape[1:3], self.crop
+            if crop_height > height or crop_width > width:
+                raise ValueError(
+                    f"preprocessor_config.json: crop_size {self.crop} is larger than the resized "
+                    f"images, {(height, width)}"
+                )
+            top, left = (height - crop_height) // 2, (width - crop_width) // 2
+            x = x[:, top : top + crop_height, left : left + crop_width]
+        mean, std = (jnp.asarray(v, jnp.float32) for v in (self.mean, self.std))
+        return (x.astype(jnp.float32) * self.scale - mean) / std
+
+
+def _read_size(value: Any, square: bool) -> tuple[int | None, tuple[int, int] | None]:
+    """(shortest edge, None) or (None, (height, width))."""
+    if isinstance(value, int):
+        return (None, (value, value)) if square else (value, None)
+    if isinstance(value, Mapping) and set(value) == {"shortest_edge"}:
+        return int(value["shortest_edge"]), None
+    if isinstance(value, Mapping) and set(value) == {"height", "width"}:
+        return None, (int(value["height"]), int(value["width"]))
+    raise ValueError(
+        f"preprocessor_config.json: size {value!r} is not supported; it must be a number, "
+        "{'shortest_edge': n} or {'height': n, 'width': n}"
+    )
