@@ -77,7 +77,8 @@ def open_records(path: Path, checksum: str, cache_dir: Path) -> Sequence[dict[st
         records = builder.as_data_source(split=SPLIT)
         if len(records) != builder.info.splits[SPLIT].num_examples:
             raise ValueError(f"{len(records)} records instead of those announced")
-        records[len(records) - 1]
+        if records[len(records) - 1]["text"] is None:
+            raise ValueError("its last record is unreadable")
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise PromptError(
             f"The prepared prompt set {builder.data_dir} is broken ({error}). "

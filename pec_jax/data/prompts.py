@@ -60,6 +60,11 @@ class PromptSource(Sequence[Prompt]):
         if not -size <= index < size:
             raise IndexError(f"Prompt {index} of a set of {size}.")
         record = self._records[int(index) % size]
+        if record["text"] is None:  # array_record passes over damaged blocks in silence
+            raise PromptError(
+                f"Prompt {index} of the prepared set {self._records.dataset_info.data_dir} is "
+                "unreadable. Delete that directory; it is made anew at the next start."
+            )
         return Prompt(record["text"].decode("utf-8"), json.loads(record["metadata"]))
 
 
@@ -90,8 +95,8 @@ def check_file(path: str | os.PathLike) -> Path:
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, stripped line) of those that are not blank."""
-    # A character takes at most four bytes; one byte more shows that a line is too long.
-    limit = 4 * MAX_LINE_CHARS + 1
+    # A character takes at most four bytes, a line's end two, the byte order mark three.
+    limit = 4 * MAX_LINE_CHARS + 6
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(limit):
@@ -105,12 +110,13 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
                         f"Convert the file, e.g. with iconv -f LATIN1 -t UTF-8."
                     ) from error
                 line = ""  # cut inside a character, and too long in any case
-            if len(line) > MAX_LINE_CHARS + 1 or len(raw) == limit:
+            line = line.strip()
+            if len(line) > MAX_LINE_CHARS or len(raw) == limit:
                 raise PromptError(
                     f"{path}, line {number}: longer than {MAX_LINE_CHARS} characters. "
                     "Is it really one prompt a line?"
                 )
-            if line := line.strip():
+            if line:
                 yield number, line
 
 

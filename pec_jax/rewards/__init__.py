@@ -1,6 +1,19 @@
 """Rewards: one signature, a registry, and scorers that run inside the train step."""
 
-from pec_jax.rewards import attributes
+# Importing a scorer's file registers it.
+from pec_jax.rewards import attributes, clip, pickscore
 from pec_jax.rewards.base import REGISTRY, CombinedReward, Reward, combine, make, register
+from pec_jax.rewards.host import host_reward
 
-__all__ = ["REGISTRY", "CombinedReward", "Reward", "attributes", "combine", "make", "register"]
+__all__ = [
+    "REGISTRY",
+    "CombinedReward",
+    "Reward",
+    "attributes",
+    "clip",
+    "combine",
+    "host_reward",
+    "make",
+    "pickscore",
+    "register",
+]

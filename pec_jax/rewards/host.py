@@ -1,0 +1,72 @@
+"""The one seam to rewards that cannot be traced: OCR, a detector, a remote judge.
+
+Inside the step such a function is called back on the host, with the images as NumPy. Prompts
+travel as UTF-8 bytes among the reward's inputs, so that the seam itself remembers nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pec_jax.data.prompts import Prompt
+from pec_jax.rewards.base import Reward, as_8bit
+
+Array = jax.Array
+
+# (images [N, H, W, 3] uint8, N prompts) -> N numbers
+HostFunction = Callable[[np.ndarray, list[Prompt]], np.ndarray]
+
+
+def encode_prompts(prompts: Sequence[Prompt]) -> np.ndarray:
+    """Prompts as rows of bytes [N, B] uint8: JSON in UTF-8, padded with zeros to the longest."""
+    rows = [json.dumps([p.text, p.metadata], ensure_ascii=False).encode() for p in prompts]
+    width = max((len(row) for row in rows), default=0)
+    padded = b"".join(row.ljust(width, b"\0") for row in rows)
+    return np.frombuffer(padded, np.uint8).reshape(len(rows), width)
+
+
+def decode_prompts(rows: np.ndarray) -> list[Prompt]:
+    """The inverse of `encode_prompts`; JSON holds no zero bytes, so padding is unmistakable."""
+    texts = (row.tobytes().rstrip(b"\0") for row in np.asarray(rows, np.uint8))
+    return [Prompt(*json.loads(text)) for text in texts]
+
+
+def host_reward(name: str, function: HostFunction) -> Reward:
+    """Wraps a function that runs on the host as a reward.
+
+    Args:
+      name: under which the reward is logged.
+      function: (images [N, H, W, 3] uint8, list of N prompts) -> [N] numbers; called once for
+        every batch of groups, and expected to give the same answer to the same question.
+
+    Returns:
+      A Reward whose `score` may be jitted. If the function raises, or returns something that is
+      not N numbers, the step fails with that message.
+    """
+
+    def call(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        images = np.asarray(images)
+        scores = np.asarray(function(images, decode_prompts(rows)))
+        if scores.shape != images.shape[:1] or scores.dtype.kind not in "biuf":
+            raise ValueError(
+                f"The reward {name!r} must return one number for each of the {len(images)} "
+                f"images; it returned an array of shape {scores.shape} and type {scores.dtype}."
+            )
+        return scores.astype(np.float32)
+
+    def score(params: Any, images: Array, rows: Array) -> Array:
+        groups, size = images.shape[:2]
+        flat = as_8bit(images).reshape(-1, *images.shape[2:])
+        levels = jnp.round(flat * 255.0).astype(jnp.uint8)
+        result = jax.ShapeDtypeStruct((groups * size,), jnp.float32)
+        repeated = jnp.repeat(rows, size, axis=0)
+        scores = jax.pure_callback(call, result, levels, repeated, vmap_method="sequential")
+        return scores.reshape(groups, size)
+
+    return Reward(name, encode_prompts, score)
