@@ -1,0 +1,314 @@
+"""The sampler: agreement of sampling and scoring, statistics of its steps, guidance."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from pec_jax.flow import sampler, transition
+from pec_jax.flow.schedule import sd3_sigmas, stochastic_steps
+from pec_jax.types import Conditioning
+
+N, SHAPE, T = 4, (4, 4, 2), 10
+SIGMAS = sd3_sigmas(T)
+
+
+def _conditioning(n=N, seed=0):
+    rng = np.random.default_rng(seed)
+    return Conditioning(
+        tokens=jnp.asarray(rng.normal(size=(n, 3, 2)), jnp.float32),
+        pooled=jnp.asarray(rng.normal(size=(n, 5)), jnp.float32),
+    )
+
+
+def _velocity(params, x_t, sigma, conditioning):
+    """A little network: depends on every argument, and mixes the dimensions of an image."""
+    sigma = jnp.broadcast_to(sigma, x_t.shape[:1])[:, None, None, None]
+    text = conditioning.pooled.mean(-1) + conditioning.tokens.sum((-1, -2))
+    return jnp.tanh(x_t @ params["w"] + sigma * params["b"] + text[:, None, None, None])
+
+
+PARAMS = {
+    "w": jnp.asarray([[0.5, -0.2], [0.3, 0.9]], jnp.float32),
+    "b": jnp.asarray([0.1, -0.4], jnp.float32),
+}
+
+
+def _noise(n=N, seed=1):
+    return jax.random.normal(jax.random.key(seed), (n, *SHAPE))
+
+
+@functools.cache
+def _sample(kernel="flow_sde", key=0, stochastic=None, noise_level=0.7, dtype=jnp.float32):
+    """A path through the compiled sampler."""
+    return jax.jit(lambda: _path(kernel, key, stochastic, noise_level, dtype))()
+
+
+def _path(kernel, key, stochastic, noise_level, dtype):
+    return sampler.sample(
+        _velocity,
+        PARAMS,
+        _noise(),
+        _conditioning(),
+        sigmas=SIGMAS,
+        kernel=kernel,
+        noise_level=noise_level,
+        stochastic=stochastic_steps(T) if stochastic is None else stochastic,
+        key=jax.random.key(key),
+        storage_dtype=dtype,
+    )
+
+
+def test_trajectory_is_one_path():
+    path = _sample()
+    assert path.x_t.shape == path.x_next.shape == (T, N, *SHAPE)
+    assert path.logp.shape == (T, N)
+    np.testing.assert_array_equal(path.x_t[0], _noise())
+    np.testing.assert_array_equal(path.x_t[1:], path.x_next[:-1])
+    np.testing.assert_array_equal(path.x_0, path.x_next[-1])
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_scoring_a_stored_step_gives_its_ratio_one(kernel, dtype):
+    """Both inside one jit each, as rollout and update are."""
+    path = _sample(kernel, dtype=dtype)
+    assert path.x_t.dtype == path.x_next.dtype == dtype
+    assert path.logp.dtype == path.x_0.dtype == jnp.float32
+
+    @jax.jit
+    def rescore(path):
+        def score(_, x):
+            x_t, x_next, sigma, sigma_next = x
+            logp, _, _ = sampler.step_log_prob(
+                _velocity,
+                PARAMS,
+                x_t,
+                x_next,
+                sigma,
+                sigma_next,
+                _conditioning(),
+                kernel=kernel,
+                noise_level=0.7,
+                sigma_max=SIGMAS[1],
+            )
+            return None, logp
+
+        xs = (path.x_t, path.x_next, jnp.asarray(SIGMAS[:-1]), jnp.asarray(SIGMAS[1:]))
+        return jax.lax.scan(score, None, xs)[1]
+
+    logp = rescore(path)
+    assert float(jnp.abs(path.logp[: T - 1]).min()) > 0
+    # A tenth of the finest clip range in use (1e-5).
+    np.testing.assert_allclose(jnp.exp(logp - path.logp)[: T - 1], 1.0, atol=1e-6)
+
+
+def test_log_prob_is_of_the_rounded_state():
+    """In bfloat16 the log-prob of the unrounded state is off by more than the clip range."""
+    path = _sample(dtype=jnp.bfloat16)
+    step = T - 2
+    mean, std = transition.flow_sde(
+        path.x_t[step],
+        _velocity(PARAMS, path.x_t[step], SIGMAS[step], _conditioning()),
+        SIGMAS[step],
+        SIGMAS[step + 1],
+        noise_level=0.7,
+        sigma_max=SIGMAS[1],
+    )
+    rounded = transition.log_prob(path.x_next[step], mean, std)
+    np.testing.assert_allclose(path.logp[step], rounded, atol=1e-5)
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (N, *SHAPE))
+    unrounded = transition.log_prob(mean + std * noise, mean, std)
+    assert float(jnp.abs(unrounded - rounded).max()) > 1e-4
+
+
+def test_step_log_prob_takes_a_sigma_per_image():
+    path = _sample()
+    steps = np.array([0, 2, 5, 8])
+    batch = np.arange(N)
+    logp, mean, std = sampler.step_log_prob(
+        _velocity,
+        PARAMS,
+        path.x_t[steps, batch],
+        path.x_next[steps, batch],
+        SIGMAS[steps],
+        SIGMAS[steps + 1],
+        _conditioning(),
+        kernel="flow_sde",
+        noise_level=0.7,
+        sigma_max=SIGMAS[1],
+    )
+    np.testing.assert_allclose(logp, path.logp[steps, batch], atol=1e-5)
+    assert mean.shape == (N, *SHAPE) and std.shape == (N, 1, 1, 1)
+
+
+def test_step_log_prob_has_the_gradient_of_the_density():
+    path = _sample()
+    step = 4
+
+    def logp(params):
+        return sampler.step_log_prob(
+            _velocity,
+            params,
+            path.x_t[step],
+            path.x_next[step],
+            SIGMAS[step],
+            SIGMAS[step + 1],
+            _conditioning(),
+            kernel="flow_sde",
+            noise_level=0.7,
+            sigma_max=SIGMAS[1],
+        )[0].sum()
+
+    gradient = jax.grad(logp)(PARAMS)["b"][0]
+    h = 1e-2
+    shifted = [logp({**PARAMS, "b": PARAMS["b"].at[0].add(e)}) for e in (h, -h)]
+    np.testing.assert_allclose(gradient, (shifted[0] - shifted[1]) / (2 * h), rtol=2e-2)
+    assert abs(float(gradient)) > 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps"])
+def test_a_sampled_step_has_the_kernels_mean_and_std(kernel):
+    many = 4000
+    x_1 = jnp.broadcast_to(_noise(1), (many, *SHAPE))
+    conditioning = jax.tree.map(lambda a: jnp.repeat(a, many, 0), _conditioning(1))
+    path = sampler.sample(
+        _velocity,
+        PARAMS,
+        x_1,
+        conditioning,
+        sigmas=SIGMAS[:2],
+        kernel=kernel,
+        noise_level=0.7,
+        stochastic=(True,),
+        key=jax.random.key(3),
+    )
+    velocity = _velocity(PARAMS, x_1[:1], 1.0, _conditioning(1))
+    mean, std = transition.get_kernel(kernel)(
+        x_1[:1], velocity, 1.0, SIGMAS[1], noise_level=0.7, sigma_max=SIGMAS[1]
+    )
+    samples = np.asarray(path.x_0, np.float64)
+    error = 5 * float(std) / np.sqrt(many)
+    np.testing.assert_allclose(samples.mean(0), mean[0], atol=error)
+    np.testing.assert_allclose(samples.std(0), float(std), rtol=5 / np.sqrt(2 * many))
+    # Minus the entropy is the mean log-density.
+    np.testing.assert_allclose(
+        -path.logp.mean(), transition.policy_entropy(std), atol=5 / np.sqrt(2 * many * 32)
+    )
+
+
+def test_ode_steps_have_no_density_and_no_noise():
+    window = stochastic_steps(T, (2, 4))
+    path, other = _sample(stochastic=window), _sample(stochastic=window, key=1)
+    noisy = np.asarray(window)
+    assert np.all(np.asarray(path.logp)[~noisy] == 0)
+    assert np.all(np.asarray(path.logp)[noisy] != 0)
+    np.testing.assert_array_equal(path.x_t[:3], other.x_t[:3])
+    assert float(jnp.abs(path.x_t[3] - other.x_t[3]).min()) > 0
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde"])
+def test_zero_noise_is_the_ode(kernel):
+    # Step by step it is so to the last bit (test_transition); two compiled programs may round
+    # their sums in another order.
+    path = _sample(kernel, noise_level=0.0)
+    x_0 = sampler.sample_ode(_velocity, PARAMS, _noise(), _conditioning(), sigmas=SIGMAS)
+    np.testing.assert_allclose(path.x_0, x_0, atol=1e-6)
+    np.testing.assert_array_equal(path.logp, 0.0)
+
+
+def test_cps_last_step_has_no_noise_and_a_finite_score():
+    path = _sample("cps", stochastic=(True,) * T)
+    assert np.all(np.isfinite(path.logp))
+    np.testing.assert_array_equal(path.logp[-1], 0.0)
+
+
+def test_ode_is_diffusers_euler_sampler():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(T)
+    x = torch.tensor(np.asarray(_noise()))
+    for timestep in scheduler.timesteps:
+        velocity = _velocity(
+            PARAMS, jnp.asarray(x.numpy()), float(timestep) / 1000, _conditioning()
+        )
+        x = scheduler.step(torch.tensor(np.asarray(velocity)), timestep, x).prev_sample
+    ours = sampler.sample_ode(_velocity, PARAMS, _noise(), _conditioning(), sigmas=SIGMAS)
+    np.testing.assert_allclose(ours, x.numpy(), atol=5e-6)
+
+
+def test_sample_final_is_the_end_of_the_trajectory():
+    x_0 = sampler.sample_final(
+        _velocity,
+        PARAMS,
+        _noise(),
+        _conditioning(),
+        sigmas=SIGMAS,
+        kernel="flow_sde",
+        noise_level=0.7,
+        stochastic=stochastic_steps(T),
+        key=jax.random.key(0),
+    )
+    np.testing.assert_allclose(x_0, _sample().x_0, atol=1e-6)
+
+
+def test_noise_is_a_function_of_the_key_and_independent_per_image_and_step():
+    path, other = _sample(), _sample(key=1)
+    again = jax.jit(lambda: _path("flow_sde", 0, None, 0.7, jnp.float32))()
+    np.testing.assert_array_equal(path.x_0, again.x_0)
+    assert float(jnp.abs(path.x_0 - other.x_0).max()) > 0.1
+
+    many = 64
+    zero = sampler.sample(
+        lambda params, x_t, sigma, conditioning: jnp.zeros_like(x_t),
+        None,
+        jnp.zeros((many, *SHAPE)),
+        _conditioning(many),
+        sigmas=SIGMAS,
+        kernel="cps",
+        noise_level=1.0,
+        stochastic=(True,) * T,
+        key=jax.random.key(0),
+    )
+    # cps at noise level 1 forgets the old noise: x_next / sigma_next is the fresh draw, up to
+    # the clean image it still sees, which is (1 - sigma_next) of the last state.
+    fresh = zero.x_next[:-1] - (1 - SIGMAS[1:-1])[:, None, None, None, None] * zero.x_t[:-1]
+    draws = np.asarray(fresh).reshape((T - 1) * many, -1) / np.repeat(SIGMAS[1:-1], many)[:, None]
+    correlation = np.corrcoef(draws)[~np.eye(len(draws), dtype=bool)]
+    np.testing.assert_allclose(correlation.std(), 1 / np.sqrt(draws.shape[1] - 1), rtol=0.05)
+    assert np.abs(correlation).max() < 0.95
+
+
+def test_guidance_is_extrapolation_from_the_negative():
+    calls = []
+
+    def counted(params, x_t, sigma, conditioning):
+        calls.append(x_t.shape)
+        return _velocity(params, x_t, sigma, conditioning)
+
+    x, positive, negative = _noise(), _conditioning(), _conditioning(1, seed=9)
+    whole = jax.tree.map(lambda a: jnp.repeat(a, N, 0), negative)
+    for sigma in (jnp.float32(0.4), jnp.asarray([0.1, 0.4, 0.7, 1.0])):
+        v_pos = _velocity(PARAMS, x, sigma, positive)
+        v_neg = _velocity(PARAMS, x, sigma, whole)
+        for form in (negative, whole, jax.tree.map(lambda a: a[0], negative)):
+            calls.clear()
+            v = sampler.guided(counted, 4.5, form)(PARAMS, x, sigma, positive)
+            np.testing.assert_allclose(v, v_neg + 4.5 * (v_pos - v_neg), atol=1e-5)
+            assert calls == [(2 * N, *SHAPE)]
+
+
+def test_guidance_of_one_is_the_model_itself():
+    assert sampler.guided(_velocity, 1.0, None) is _velocity
+    with pytest.raises(ValueError, match="negative"):
+        sampler.guided(_velocity, 4.5, None)
+
+
+def test_steps_and_sigmas_must_agree():
+    with pytest.raises(ValueError, match="3 steps"):
+        _sample(stochastic=(True, True, False))
