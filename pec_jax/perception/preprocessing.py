@@ -3,11 +3,11 @@
     [0, 1] images -> resize -> centre crop -> rescale -> (x - mean) / std
 
 The processors of transformers resize 8-bit images with Pillow: one axis after the other, each
-pass rounded to 8 bits again. `resize` does the same in floating point, rounding included, and lets
-gradients pass through the rounding; what remains of a difference are single levels (1/255) where
-Pillow's fixed-point sum falls on the other side of a half. Images that already have the right
-size are not touched: whether they are rounded to 8 bits is the caller's business
-(`to_uint8_levels`).
+pass rounded to 8 bits again. `resize` gives the same values, to the last bit, and lets gradients
+pass through the rounding. (Columns come first here, always; Pillow 13 takes the rows of an image
+that is much taller than wide first, and then values near sharp edges differ by a few levels.)
+Images that already have the right size are not touched: whether they are rounded to 8 bits is
+the caller's business (`to_uint8_levels`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def resize_weights(size: int, new_size: int, resample: int) -> np.ndarray:
         resample: Pillow's number of the filter, 2 (bilinear) or 3 (bicubic).
 
     Returns:
-        [new_size, size] fp32; rows sum to one, also at the borders, where the filter is cut.
+        [new_size, size] float64; rows sum to one, also at the borders, where the filter is cut.
 
     Source: Keys 1981, "Cubic Convolution Interpolation for Digital Image Processing", equation 4
     with a = -1/2; cutting and scaling of the filter as in Pillow's `Image.resize`.
@@ -85,14 +85,12 @@ def resize_weights(size: int, new_size: int, resample: int) -> np.ndarray:
     weights = function((pixels[None, :] + 0.5 - centers[:, None]) / stretch)
     inside = (pixels[None, :] >= first[:, None]) & (pixels[None, :] < last[:, None])
     weights = np.where(inside, weights, 0.0)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _round_levels(x: Array) -> Array:
-    """Rounds to whole levels in [0, 255], halves up; the gradient is that of the clipping alone."""
-    x = jnp.clip(x, 0.0, 255.0)
-    # The difference is exactly zero: it adds a gradient and no rounding error.
-    return jax.lax.stop_gradient(jnp.floor(x + 0.5)) + (x - jax.lax.stop_gradient(x))
+def _straight_through(value: Array, x: Array) -> Array:
+    """`value`, with the gradient of `x`; the difference added is exactly zero."""
+    return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
 
 
 def to_uint8_levels(images: Array) -> Array:
@@ -105,14 +103,40 @@ def to_uint8_levels(images: Array) -> Array:
         The same shape, multiples of 1/255 in [0, 1]; the gradient passes straight through the
         rounding, but not where a value was clipped.
     """
-    return _round_levels(images.astype(jnp.float32) * 255.0) / 255.0
+    x = jnp.clip(images.astype(jnp.float32), 0.0, 1.0)
+    return _straight_through(jnp.round(x * 255.0) / 255.0, x)
+
+
+def _resample(levels: Array, size: int, axis: int, resample: int) -> Array:
+    """One pass over one axis: whole levels in [0, 255] to whole levels.
+
+    Pillow sums integers, weights of 22 fractional bits. An fp32 sum would fall on the wrong side
+    of many a half, so the weights are split in two parts of 11 bits, whose sums are exact in fp32,
+    and put together as integers.
+    """
+    matrix = resize_weights(levels.shape[axis], size, resample)
+    fixed = np.floor(np.abs(matrix) * 2**22 + 0.5) * np.sign(matrix)
+    coarse = np.floor(fixed / 2**11)
+    high, low = (
+        jnp.moveaxis(
+            # 8 bits times 11 do not survive the bf16 products that some chips make by default.
+            jnp.tensordot(levels, part, (axis, 1), precision=jax.lax.Precision.HIGHEST),
+            -1,
+            axis,
+        )
+        for part in (coarse.astype(np.float32), (fixed - coarse * 2**11).astype(np.float32))
+    )
+    total = (high.astype(jnp.int32) << 11) + low.astype(jnp.int32)
+    rounded = jnp.clip((total + (1 << 21)) >> 22, 0, 255).astype(jnp.float32)
+    smooth = jnp.clip(high * 2.0**-11 + low * 2.0**-22, 0.0, 255.0)
+    return _straight_through(rounded, smooth)
 
 
 def resize(images: Array, height: int, width: int, resample: int) -> Array:
     """Resizes as Pillow does 8-bit images: columns, then rows, 8 bits after each pass.
 
     Args:
-        images: [N, H, W, C] in [0, 1].
+        images: [N, H, W, C] in [0, 1]; rounded to 8 bits first if anything changes.
         height: wanted, pixels.
         width: wanted, pixels.
         resample: Pillow's number of the filter, 2 (bilinear) or 3 (bicubic).
@@ -123,14 +147,12 @@ def resize(images: Array, height: int, width: int, resample: int) -> Array:
     old_height, old_width = images.shape[1:3]
     if (old_height, old_width) == (height, width):
         return images
-    levels = _round_levels(images.astype(jnp.float32) * 255.0)
-    exact = jax.lax.Precision.HIGHEST  # 8 bits do not survive a bf16 product
+    levels = to_uint8_levels(images) * 255.0
+    levels = _straight_through(jnp.round(levels), levels)  # k / 255 * 255 need not be k
     if old_width != width:
-        matrix = resize_weights(old_width, width, resample)
-        levels = _round_levels(jnp.einsum("nhwc,vw->nhvc", levels, matrix, precision=exact))
+        levels = _resample(levels, width, 2, resample)
     if old_height != height:
-        matrix = resize_weights(old_height, height, resample)
-        levels = _round_levels(jnp.einsum("nhwc,uh->nuwc", levels, matrix, precision=exact))
+        levels = _resample(levels, height, 1, resample)
     return levels / 255.0
 
 

@@ -1,0 +1,183 @@
+"""Encoders, loaded from Hugging Face directories, against transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from pec_jax.perception.encoders import load_encoder, unit
+from pec_jax.pretraining import tokenizers
+from pec_jax.weights.tensors import WeightsError
+
+CAPTIONS = ["a small red circle on a dark background", "a shape", ""]
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.03 * torch.randn(p.shape)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def clip_directory(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders") / "tiny-clip"
+    tokenizers.write_clip_tokenizer(root, CAPTIONS, tokenizers.END)
+    vocab = len(AutoTokenizer.from_pretrained(root))
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    text = {
+        **shared,
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "max_position_embeddings": tokenizers.MAX_LENGTH,
+        "bos_token_id": vocab - 2,
+        "eos_token_id": vocab - 1,
+    }
+    vision = {**shared, "hidden_size": 40, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    randomise(CLIPModel(config)).save_pretrained(root)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def vit_directory(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders") / "tiny-dino"
+    config = ViTConfig(
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    randomise(ViTModel(config)).save_pretrained(root)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=3).save_pretrained(root)
+    return root
+
+
+def images_8bit(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def as_float(images: np.ndarray) -> jnp.ndarray:
+    return jnp.asarray(images, jnp.float32) / 255.0
+
+
+def test_clip_features_equal_transformers(clip_directory):
+    encoder = load_encoder(clip_directory)
+    assert (encoder.name, encoder.dim, encoder.text_length) == ("tiny-clip", 24, 14)
+    images = images_8bit(3, 32, 32, 3)
+    ids = encoder.tokenize(CAPTIONS)
+    assert ids.shape == (3, 14) and ids.dtype == np.int32
+    image = jax.jit(encoder.image_features)(encoder.params, as_float(images))
+    text = jax.jit(encoder.text_features)(encoder.params, ids)
+    logits = encoder.logit_scale(encoder.params) * unit(image) @ unit(text).T
+    assert image.shape == text.shape == (3, 24)
+    assert image.dtype == text.dtype == jnp.float32
+
+    model = CLIPModel.from_pretrained(clip_directory).eval()
+    pixels = CLIPImageProcessorPil.from_pretrained(clip_directory)(list(images))["pixel_values"]
+    tokens = AutoTokenizer.from_pretrained(clip_directory)(
+        CAPTIONS, padding="max_length", return_tensors="pt"
+    )
+    with torch.no_grad():
+        theirs = model(pixel_values=torch.tensor(np.stack(pixels)), **tokens).logits_per_image
+        features = model.get_image_features(torch.tensor(np.stack(pixels))).pooler_output
+    scale = np.abs(theirs.numpy()).max()
+    assert np.abs(np.asarray(logits) - theirs.numpy()).max() < 1e-5 * scale
+    # Features are given as the model gives them, not normalised.
+    np.testing.assert_allclose(image, features.numpy(), atol=1e-5 * np.abs(features).max().item())
+
+
+def test_vit_features_equal_transformers(vit_directory):
+    encoder = load_encoder(vit_directory)
+    assert (encoder.name, encoder.dim) == ("tiny-dino", 36)
+    assert encoder.text_features is None and encoder.logit_scale is None
+    images = images_8bit(3, 32, 32, 3)
+    ours = np.asarray(jax.jit(encoder.image_features)(encoder.params, as_float(images)))
+    pixels = ViTImageProcessorPil.from_pretrained(vit_directory)(list(images))["pixel_values"]
+    model = ViTModel.from_pretrained(vit_directory).eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.stack(pixels))).last_hidden_state[:, 0].numpy()
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+    with pytest.raises(ValueError, match="'tiny-dino' takes images only"):
+        encoder.tokenize(CAPTIONS)
+
+
+def test_other_sizes_are_resized_in_the_graph(vit_directory):
+    encoder = load_encoder(vit_directory)
+    images = images_8bit(2, 64, 64, 3)
+    ours = np.asarray(jax.jit(encoder.image_features)(encoder.params, as_float(images)))
+    pixels = ViTImageProcessorPil.from_pretrained(vit_directory)(list(images))["pixel_values"]
+    model = ViTModel.from_pretrained(vit_directory).eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.stack(pixels))).last_hidden_state[:, 0].numpy()
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+def test_features_have_a_gradient_and_params_are_arguments(vit_directory):
+    encoder = load_encoder(vit_directory)
+    images = as_float(images_8bit(1, 40, 40, 3))
+    loss = jax.jit(jax.grad(lambda p, x: encoder.image_features(p, x).sum(), argnums=1))
+    gradient = loss(encoder.params, images)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    zeros = jax.tree.map(jnp.zeros_like, encoder.params)
+    assert not jax.jit(encoder.image_features)(zeros, images).any()
+
+
+def test_bf16_features_are_fp32(clip_directory):
+    encoder = load_encoder(clip_directory, dtype=jnp.bfloat16)
+    assert {a.dtype for a in jax.tree.leaves(encoder.params)} == {jnp.dtype("bfloat16")}
+    images = as_float(images_8bit(2, 32, 32, 3))
+    half = jax.jit(encoder.image_features)(encoder.params, images)
+    full = load_encoder(clip_directory)
+    exact = jax.jit(full.image_features)(full.params, images)
+    assert half.dtype == jnp.float32
+    assert np.abs(half - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_unit_features():
+    features = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(unit(features), [[0.6, 0.8], [0.0, 0.0]], atol=1e-6)
+    assert np.isfinite(jax.grad(lambda f: unit(f).sum())(features)).all()
+
+
+@pytest.mark.parametrize(
+    "file, key, value, error, message",
+    [
+        ("config.json", "model_type", "siglip", ValueError, "'siglip' .* known: 'clip', 'vit'"),
+        ("config.json", "image_size", 40, ValueError, r"makes images of \(32, 32\)"),
+        ("config.json", "hidden_size", 48, WeightsError, r"expected \[1, 1, 48\]"),
+        ("preprocessor_config.json", "resample", 5, ValueError, "resample = 5"),
+    ],
+)
+def test_bad_directory_is_named(vit_directory, tmp_path, file, key, value, error, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(vit_directory, copy)
+    content = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(content | {key: value}))
+    with pytest.raises(error, match=message):
+        load_encoder(copy)
+
+
+def test_missing_directory_is_named(tmp_path):
+    with pytest.raises(WeightsError, match="nowhere"):
+        load_encoder(tmp_path / "nowhere")
