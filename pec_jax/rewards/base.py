@@ -38,6 +38,18 @@ import jax
 import jax.numpy as jnp
 
 from pec_jax.data.prompts import Prompt
+from pec_jax.perception.preprocessing import to_uint8_levels as as_8bit
+
+__all__ = [
+    "REGISTRY",
+    "CombinedReward",
+    "Reward",
+    "as_8bit",
+    "combine",
+    "make",
+    "register",
+    "reject_unknown_options",
+]
 
 Array = jax.Array
 PyTree = Any
@@ -188,8 +200,3 @@ def reject_unknown_options(name: str, options: Mapping[str, Any], valid: Sequenc
             f"Unknown options of the reward {name!r}: {', '.join(unknown)}. "
             f"Valid options: {', '.join(valid) or 'none'}."
         )
-
-
-def as_8bit(images: Array) -> Array:
-    """Rounds images in [0, 1] to the 256 levels of a saved PNG, still as floats in [0, 1]."""
-    return jnp.round(jnp.clip(images.astype(jnp.float32), 0.0, 1.0) * 255.0) / 255.0

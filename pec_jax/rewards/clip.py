@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.data.prompts import Prompt
+from pec_jax.perception.encoders import Encoder, unit
 from pec_jax.rewards.base import Reward, as_8bit, register, reject_unknown_options
-
-if TYPE_CHECKING:
-    from pec_jax.perception.encoders import Encoder
 
 Array = jax.Array
 PyTree = Any
@@ -44,27 +42,27 @@ def require_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
     return encoder
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    """Token ids, padded to the tokenizer's length.
+def tokenize(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
+    """Token ids, padded to the encoder's length; what is longer is cut, with one warning.
 
     Args:
-      tokenizer: a Hugging Face tokenizer with a `model_max_length`.
-      texts: N texts; what exceeds the length is cut off, with one warning for all.
+      encoder: with a text tower.
+      texts: N texts.
 
     Returns:
       [N, L] int32.
     """
-    length = tokenizer.model_max_length
-    whole = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
-    too_long = [text for text, ids in zip(texts, whole) if len(ids) > length]
+    whole = encoder.tokenizer(list(texts), padding=False, truncation=False, verbose=False)
+    lengths = [len(ids) for ids in whole["input_ids"]]
+    too_long = [text for text, n in zip(texts, lengths) if n > encoder.text_length]
     if too_long:
         warnings.warn(
-            f"{len(too_long)} of {len(texts)} prompts are longer than the {length} tokens that "
-            f"the reward's text tower takes, and are cut; the first is {too_long[0][:80]!r}.",
+            f"{len(too_long)} of {len(texts)} prompts are longer than the {encoder.text_length} "
+            f"tokens that {encoder.name!r} reads, and are cut for its score; the first is "
+            f"{too_long[0][:80]!r}.",
             stacklevel=2,
         )
-    padded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)
-    return np.asarray(padded["input_ids"], np.int32)
+    return encoder.tokenize(texts)
 
 
 def text_features(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -77,7 +75,7 @@ def text_features(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
     Returns:
       [N, d] fp32 of length 1.
     """
-    ids = tokenize(encoder.tokenizer, [prompt.text for prompt in prompts])
+    ids = tokenize(encoder, [prompt.text for prompt in prompts])
     encode = jax.jit(lambda params, batch: unit(encoder.text_features(params, batch)))
     # Whole batches only, so that one compilation serves them all.
     missing = -len(ids) % TEXT_BATCH
@@ -85,13 +83,6 @@ def text_features(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
     batches = padded.reshape(-1, TEXT_BATCH, ids.shape[1])
     features = [np.asarray(encode(encoder.params, batch)) for batch in batches]
     return np.concatenate(features)[: len(ids)]
-
-
-def unit(features: Array) -> Array:
-    """Scales features [..., d] to length 1, in fp32."""
-    features = features.astype(jnp.float32)
-    norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
-    return features / jnp.maximum(norm, 1e-12)
 
 
 def pair_cosine(encoder: Encoder, params: PyTree, images: Array, text: Array) -> Array:

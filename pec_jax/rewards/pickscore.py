@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pec_jax.rewards.base import Reward, register
 from pec_jax.rewards.clip import pair_cosine, require_encoder, text_features
@@ -29,8 +28,8 @@ def make(options: Mapping[str, Any]) -> Reward:
     encoder = require_encoder("pickscore", options)
 
     def score(params: Any, images: Array, text: Array) -> Array:
-        scale = jnp.exp(jnp.asarray(encoder.logit_scale(params), jnp.float32))
-        return scale * pair_cosine(encoder, params, images, text) / SCALE
+        cosine = pair_cosine(encoder, params, images, text)
+        return encoder.logit_scale(params) * cosine / SCALE  # the scale is already exp(stored)
 
     return Reward(
         name="pickscore",

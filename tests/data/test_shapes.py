@@ -11,9 +11,13 @@ from pec_jax.data import shapes
 ALL_OPEN = jnp.full((512, 5), shapes.OPEN)
 
 
+sample_scene = jax.jit(shapes.sample_scene)
+render = jax.jit(shapes.render)
+
+
 @pytest.fixture(scope="module")
 def scene():
-    return shapes.sample_scene(jax.random.key(0), ALL_OPEN)
+    return sample_scene(jax.random.key(0), ALL_OPEN)
 
 
 def test_caption_and_parse_are_inverse_on_all_2430_captions():
@@ -53,7 +57,7 @@ def test_parse_takes_what_it_finds_in_foreign_text():
 
 def test_scene_keeps_what_is_named_and_fills_the_rest_uniformly():
     named = jnp.tile(jnp.array([2, -1, 1, -1, -1]), (4096, 1))
-    attributes = np.asarray(shapes.sample_scene(jax.random.key(1), named).attributes)
+    attributes = np.asarray(sample_scene(jax.random.key(1), named).attributes)
     assert (attributes[:, 0] == 2).all() and (attributes[:, 2] == 1).all()
     for i in (1, 3, 4):
         share = np.bincount(attributes[:, i], minlength=shapes.NUM_VALUES[i]) / len(attributes)
@@ -61,9 +65,9 @@ def test_scene_keeps_what_is_named_and_fills_the_rest_uniformly():
 
 
 def test_scene_is_pure_in_its_key(scene):
-    again = shapes.sample_scene(jax.random.key(0), ALL_OPEN)
+    again = sample_scene(jax.random.key(0), ALL_OPEN)
     jax.tree.map(np.testing.assert_array_equal, scene, again)
-    other = shapes.sample_scene(jax.random.key(1), ALL_OPEN)
+    other = sample_scene(jax.random.key(1), ALL_OPEN)
     assert not np.array_equal(scene.center, other.center)
 
 
@@ -85,7 +89,7 @@ def test_scene_respects_the_ranges(scene):
 def test_rendered_area_and_centroid_are_those_of_the_scene(scene):
     """The area comes from the formula, not from the renderer: the dimensions are consistent."""
     white = scene.replace(color=jnp.ones((512, 3)), background=jnp.zeros((512, 3)))
-    mask = np.asarray(shapes.render(white))[..., 0]
+    mask = np.asarray(render(white))[..., 0]
     area = mask.sum((1, 2))
     shape = np.asarray(scene.attributes)[:, shapes.SHAPE]
     expected = shapes.AREA_COEFFICIENTS[shape] * np.asarray(scene.radius) ** 2
@@ -96,7 +100,7 @@ def test_rendered_area_and_centroid_are_those_of_the_scene(scene):
 
 
 def test_image_shows_the_colors_and_soft_edges(scene):
-    images = np.asarray(shapes.render(scene))
+    images = np.asarray(render(scene))
     assert images.shape == (512, 32, 32, 3) and images.dtype == np.float32
     assert images.min() >= 0.0 and images.max() <= 1.0
     x, y = np.asarray(scene.center).astype(int).T

@@ -10,12 +10,23 @@ from pec_jax.rewards import attributes as judge
 NUM_SCENES = 2048
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    scene = shapes.sample_scene(jax.random.key(7), jnp.full((NUM_SCENES, 5), shapes.OPEN))
+# Operation by operation, compilation would take most of the time.
+detect = jax.jit(judge.detect)
+score = jax.jit(judge.score)
+
+
+@jax.jit
+def draw(key, attributes):
+    scene = shapes.sample_scene(key, attributes)
     return scene, shapes.render(scene)
 
 
+@pytest.fixture(scope="module")
+def scenes():
+    return draw(jax.random.key(7), jnp.full((NUM_SCENES, 5), shapes.OPEN))
+
+
+@jax.jit
 def blur(images):
     """Binomial blur [1, 2, 1] / 4 both ways, about what a small VAE leaves."""
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
@@ -23,17 +34,15 @@ def blur(images):
     return (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 4
 
 
+@jax.jit
 def add_noise(images):
     noise = 0.03 * jax.random.normal(jax.random.key(0), images.shape)
     return jnp.clip(images + noise, 0.0, 1.0)
 
 
-def scenes_of(caption, n=64, seed=0):
-    attributes = jnp.tile(jnp.asarray(shapes.parse(caption)), (n, 1))
-    return shapes.render(shapes.sample_scene(jax.random.key(seed), attributes))
-
-
-detect = jax.jit(judge.detect)
+def scenes_of(caption, seed=0):
+    attributes = jnp.tile(jnp.asarray(shapes.parse(caption)), (64, 1))
+    return draw(jax.random.key(seed), attributes)[1]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def test_a_second_object_spoils_the_first():
 
 
 def test_score_is_the_share_of_what_is_named():
-    images = scenes_of("a small red circle at the top on a dark background", 6)
+    images = scenes_of("a small red circle at the top on a dark background")[:6]
     captions = [
         "a small red circle at the top on a dark background",
         "a small blue circle at the top on a dark background",
@@ -97,25 +106,25 @@ def test_score_is_the_share_of_what_is_named():
         "a red shape",
     ]
     attributes = jnp.stack([jnp.asarray(shapes.parse(c)) for c in captions])
-    np.testing.assert_allclose(judge.score(images, attributes), [1, 0.8, 0.5, 0, 1, 1])
+    np.testing.assert_allclose(score(images, attributes), [1, 0.8, 0.5, 0, 1, 1])
     strict = [True, False, False, False, True, True]
-    np.testing.assert_array_equal(judge.all_right(images, attributes), strict)
+    np.testing.assert_array_equal(jax.jit(judge.all_right)(images, attributes), strict)
 
 
 def test_nothing_found_scores_nothing_and_nan_is_not_hidden():
     images = jnp.stack([jnp.full((32, 32, 3), 0.1), jnp.full((32, 32, 3), jnp.nan)])
     attributes = jnp.stack([jnp.asarray(shapes.parse(c)) for c in ("a shape", "a shape")])
-    scores = np.asarray(judge.score(images, attributes))
+    scores = np.asarray(score(images, attributes))
     assert scores[0] == 0.0 and np.isnan(scores[1])
     named = jnp.asarray(shapes.parse("a shape on a dark background"))[None]
-    assert judge.score(images[:1], named)[0] == 0.0  # right about the background, but empty
-    assert not judge.all_right(images, attributes).any()
+    assert score(images[:1], named)[0] == 0.0  # right about the background, but empty
+    assert not jax.jit(judge.all_right)(images, attributes).any()
 
 
 def test_reward_scores_each_image_against_its_own_prompt():
     reward = judge.make({})
     inputs = reward.prepare([Prompt("a red circle"), Prompt("a blue square")])
-    red, blue = scenes_of("a red circle", 3), scenes_of("a blue square", 3)
+    red, blue = scenes_of("a red circle"), scenes_of("a blue square")
     images = jnp.stack([jnp.concatenate([red[:2], blue[:1]]), jnp.concatenate([blue[:2], red[:1]])])
     scores = jax.jit(reward.score)(reward.params, images, inputs)
     np.testing.assert_allclose(scores, [[1, 1, 0], [1, 1, 0]])
