@@ -122,7 +122,7 @@ def make_world(config: Config) -> World:
         pipeline=pipeline,
         program=program,
         frozen=frozen,
-        params=_trainable(config, pipeline),
+        params=trainable_params(config, pipeline),
         all_rewards=all_rewards,
         all_reward_encoders=all_reward_encoders,
         **tables,

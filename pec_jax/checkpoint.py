@@ -25,9 +25,9 @@ class CheckpointError(RunError):
 
 
 class Checkpointer:
-    """Saves and restores TrainStates under `directory`."""
+    """Saves and restores TrainStates under `directory`; the newest `keep` stay (None: all)."""
 
-    def __init__(self, directory: str | Path, keep: int):
+    def __init__(self, directory: str | Path, keep: int | None):
         self._directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self._directory,

@@ -199,7 +199,7 @@ def from_config_dict(config: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """A nested dict of plain values, as stored in `config.json`."""
-    return _plain(dataclasses.asdict(config))
+    return _plain(config)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -214,6 +214,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -328,7 +330,7 @@ _RANGES = {
 
 
 def _validate(config: Config) -> None:
-    flat = _flatten(dataclasses.asdict(config))
+    flat = _flatten(to_dict(config))
     for field, choices in _CHOICES.items():
         if flat[field] not in choices:
             raise ConfigError(f"config.{field}: " + unknown("value", flat[field], choices))

@@ -1,13 +1,31 @@
-"""How mistakes reach a person: one sentence and an exit status, no stack trace."""
+"""What a person sees on the terminal: our own lines, warnings, and mistakes as one sentence."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging as std_logging
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from absl import logging
+
+
+def quiet_libraries() -> None:
+    """Shows INFO lines of this package only; libraries speak from WARNING on."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when tensorflow is imported
+    logging.set_verbosity(logging.INFO)
+    here = str(Path(__file__).parent)
+
+    def ours(record: std_logging.LogRecord) -> bool:
+        return record.levelno >= std_logging.WARNING or record.pathname.startswith(here)
+
+    logging.get_absl_handler().addFilter(ours)
+    logging.get_absl_handler().python_handler.setFormatter(
+        std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    )
 
 
 class RunError(RuntimeError):

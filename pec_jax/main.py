@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
+
+from pec_jax.errors import exit_with_sentence, quiet_libraries
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, e.g. configs/shapes_pec.py.", lock_config=True
@@ -37,7 +39,6 @@ def main(argv: list[str]) -> None:
         if not flag.value:
             raise app.UsageError(f"--{flag.name} is missing; see --help.")
     from pec_jax import train  # imports jax; --help and typos need not wait for it
-    from pec_jax.errors import exit_with_sentence
 
     with exit_with_sentence():
         train.train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CONFIG_CHANGE.value)
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """The entry point, with typos in overrides answered in one sentence."""
     make_configs_importable(sys.argv)
-    logging.set_verbosity(logging.INFO)
+    quiet_libraries()
     try:
         app.run(main, flags_parser=_parse)
     except KeyboardInterrupt:

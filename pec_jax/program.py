@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from pec_jax.config import Config
+from pec_jax.config import Config, TrainableConfig
 from pec_jax.flow.sampler import VelocityFn
 from pec_jax.flow.transition import schedule_stds
 from pec_jax.grpo.constraints import Constraint
@@ -66,21 +66,28 @@ class Program:
         return schedule_stds(self.sigmas, sampler.kernel, sampler.noise_level)[self.trained_steps]
 
 
-def bind(program: Program, params: PyTree, frozen: Frozen) -> PyTree:
-    """The transformer's variables with the trainable parameters in place."""
-    trainable = program.config.trainable
+def bind(trainable: TrainableConfig, params: PyTree, transformer: PyTree) -> PyTree:
+    """The transformer's variables with the trainable parameters in place.
+
+    Args:
+      trainable: whether `params` replaces the weights or is a LoRA beside them.
+      params: what learns.
+      transformer: linen variables of the base model.
+    """
     if trainable.mode == "full":
-        return {**frozen.transformer, "params": params}
-    return {**frozen.transformer, "lora": lora.scaled(params, trainable.alpha, trainable.rank)}
+        return {**transformer, "params": params}
+    return {**transformer, "lora": lora.scaled(params, trainable.alpha, trainable.rank)}
 
 
-def init_state(program: Program, params: PyTree) -> TrainState:
+def initial_state(
+    params: PyTree, optimizer: optax.GradientTransformation, constraint_weight: float
+) -> TrainState:
     """The state of a run that has not begun."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=program.optimizer.init(params),
-        constraint_weight=jnp.asarray(program.config.constraint.weight, jnp.float32),
+        opt_state=optimizer.init(params),
+        constraint_weight=jnp.asarray(constraint_weight, jnp.float32),
         skipped=jnp.zeros((), jnp.int32),
     )

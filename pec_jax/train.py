@@ -23,7 +23,7 @@ from pec_jax.data.pipeline import PromptStream
 from pec_jax.errors import RunError
 from pec_jax.evaluation.evaluate import Evaluator, Sampler
 from pec_jax.metrics import MetricWriter, Progress, write_text
-from pec_jax.program import init_state
+from pec_jax.program import initial_state
 from pec_jax.train_step import train_step
 from pec_jax.types import Array, PyTree, TrainState
 
@@ -137,7 +137,11 @@ class _Run:
 
     def _start(self) -> tuple[TrainState, int]:
         """The newest intact checkpoint's state, or a new one; and how many iterations it has."""
-        state = init_state(self._world.program, self._world.params)
+        state = initial_state(
+            self._world.params,
+            self._world.program.optimizer,
+            self._config.constraint.weight,
+        )
         state = sharding.put_replicated(state, self._mesh)
         restored = self._checkpointer.restore(state)
         if restored is not None:

@@ -53,7 +53,7 @@ def rollout(
     x_1 = jax.random.normal(jax.random.fold_in(key, 0), (count, *program.latent_shape))
     return sample(
         guided(program.velocity_fn, sampler.guidance, frozen.negative),
-        bind(program, params, frozen),
+        bind(program.config.trainable, params, frozen.transformer),
         x_1,
         conditioning,
         sigmas=program.sigmas,

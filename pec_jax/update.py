@@ -146,7 +146,7 @@ def _step_log_prob(program: Program, variables: PyTree, frozen: Frozen, micro: _
 
 def _old_log_probs(program: Program, params: PyTree, frozen: Frozen, parts: _Micro) -> Array:
     """logp [U, S, C, n] of the taken steps under the policy before the first update."""
-    variables = bind(program, params, frozen)
+    variables = bind(program.config.trainable, params, frozen.transformer)
     leading = parts.sigma.shape
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), parts)
     logp = jax.lax.map(lambda micro: _step_log_prob(program, variables, frozen, micro)[0], flat)
@@ -166,7 +166,9 @@ def _loss(
     """The loss of one micro-batch, and what to log of it."""
     config, constraint = program.config, program.constraint
     options, shape = _options(config), micro.rewards.shape  # [g, K]
-    logp, mean, std = _step_log_prob(program, bind(program, params, frozen), frozen, micro)
+    logp, mean, std = _step_log_prob(
+        program, bind(program.config.trainable, params, frozen.transformer), frozen, micro
+    )
     fresh = jax.lax.stop_gradient(logp)
     logp_old = jnp.where(first, fresh, logp_old)
     kl = None

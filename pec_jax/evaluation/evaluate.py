@@ -41,7 +41,7 @@ def image_function(world: World, num_images: int) -> Callable[..., Array]:
         num_prompts = batch.prompt_ids.shape[0]
         latents = sample_ode(
             guided(program.velocity_fn, config.guidance, frozen.negative),
-            bind(program, params, frozen),
+            bind(program.config.trainable, params, frozen.transformer),
             jax.random.normal(key, (num_prompts * num_images, *program.latent_shape)),
             repeat_groups(batch.conditioning, num_images),
             sigmas=sigmas,

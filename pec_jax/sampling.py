@@ -1,0 +1,169 @@
+"""Sampling from a pipeline directory, with or without what a run has learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from pec_jax import assemble
+from pec_jax import config as config_lib
+from pec_jax.checkpoint import Checkpointer
+from pec_jax.errors import RunError
+from pec_jax.flow.sampler import guided, sample_final
+from pec_jax.flow.schedule import from_scheduler_config
+from pec_jax.metrics import image_grid, save_png, to_picture
+from pec_jax.program import bind, initial_state
+from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights.pipeline import Pipeline, load_pipeline
+
+MAX_GRID_COLUMNS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to draw; the fields are the flags of `pec_jax.sample`."""
+
+    model: str
+    prompts: tuple[str, ...]
+    lora: str | None = None
+    use_ema: bool = True
+    negative_prompt: str = ""
+    num_images: int = 4
+    height: int = 0
+    width: int = 0
+    num_steps: int = 28
+    guidance: float = 4.5
+    seed: int = 0
+    sampler: str = "ode"
+    noise_level: float = 0.7
+    init_latents: str | None = None
+    dtype: str = "float32"
+    batch_size: int = 16
+
+
+def run(request: Request, out: Path) -> None:
+    """Draws the images of a request and writes PNGs, `grid.png` and `latents.npy` into `out`.
+
+    Raises:
+      ValueError, RunError, OSError: sentences for a person.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    root = assemble.model_directory(request.model)
+    pipeline = load_pipeline(root, jnp.dtype(request.dtype))
+    shape = assemble.latent_size(pipeline, request.height, request.width)
+    count = len(request.prompts) * request.num_images
+    noise = initial_latents(request, count, shape)
+    variables = pipeline.transformer_variables
+    if request.lora:
+        variables = learned_variables(Path(request.lora), pipeline, use_ema=request.use_ema)
+    latents, images = draw(request, pipeline, variables, noise)
+    save(out, request, latents, images)
+    logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
+
+
+def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -> Array:
+    """Unit Gaussian noise [N, h, w, C]; image i has the same noise whatever N is.
+
+    Raises:
+      ValueError: `init_latents` is not a .npy file of the right shape.
+    """
+    if request.init_latents is None:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(request.seed), i))(
+            jnp.arange(count)
+        )
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    path = Path(request.init_latents).expanduser()
+    height, width, channels = shape
+    expected = (count, channels, height, width)
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a .npy file of numbers: {error}") from None
+    if stored.shape not in (expected, (1, *expected[1:])) or stored.dtype.kind != "f":
+        raise ValueError(
+            f"{path} holds {stored.dtype} of shape {stored.shape}; these prompts and sizes need "
+            f"floats of shape {expected}, or {(1, *expected[1:])} for the same start everywhere."
+        )
+    stored = np.broadcast_to(stored.astype(np.float32), expected)
+    return jnp.asarray(stored.transpose(0, 2, 3, 1))
+
+
+def learned_variables(run_directory: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
+    """The transformer's variables with what the newest checkpoint of a run has learned.
+
+    Raises:
+      RunError: the directory is not that of a run, or has no checkpoint.
+      CheckpointError: its checkpoints are damaged.
+    """
+    path = run_directory.expanduser() / "config.json"
+    if not path.is_file():
+        raise RunError(f"{run_directory} is not a run directory: it has no config.json.")
+    config = config_lib.from_config_dict(json.loads(path.read_text(encoding="utf-8")))
+    params = assemble.trainable_params(config, pipeline)
+    expected = initial_state(params, assemble.make_optimizer(config), config.constraint.weight)
+    checkpointer = Checkpointer(path.parent / "checkpoints", keep=None)
+    try:
+        state = checkpointer.restore(expected)
+    finally:
+        checkpointer.close()
+    if state is None:
+        raise RunError(f"{run_directory} holds no checkpoint yet.")
+    learned = state.ema if use_ema else state.params
+    return bind(config.trainable, learned, pipeline.transformer_variables)
+
+
+def draw(
+    request: Request, pipeline: Pipeline, variables: PyTree, noise: Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
+    texts = [p for p in request.prompts for _ in range(request.num_images)]
+    encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
+    negative = jax.tree.map(lambda a: a[-1:], encoded)
+    index = [request.prompts.index(text) for text in texts]
+    tokens = noise.shape[1] * noise.shape[2] // pipeline.transformer.config.patch_size**2
+    sigmas = from_scheduler_config(pipeline.scheduler, request.num_steps, tokens)
+    velocity = guided(assemble.velocity_function(pipeline), request.guidance, negative)
+    decode = assemble.decode_function(pipeline)
+
+    @jax.jit
+    def draw_batch(variables, vae, x_1: Array, conditioning: Conditioning, key: Array):
+        latents = sample_final(
+            velocity,
+            variables,
+            x_1,
+            conditioning,
+            sigmas=sigmas,
+            kernel=request.sampler,
+            noise_level=request.noise_level,
+            stochastic=(request.sampler != "ode",) * request.num_steps,
+            key=key,
+        )
+        return latents, decode(vae, latents)
+
+    variables, vae = jax.device_put((variables, pipeline.vae_variables))
+    size = min(request.batch_size, len(texts))
+    batches = []
+    for start in tqdm(range(0, len(texts), size), unit="batch", desc="sampling"):
+        rows = np.arange(start, start + size) % len(texts)  # the last batch wraps around
+        conditioning = jax.tree.map(lambda a: a[np.asarray(index)[rows]], encoded)  # noqa: B023
+        key = jax.random.fold_in(jax.random.key(request.seed + 1), start)
+        batches.append(jax.device_get(draw_batch(variables, vae, noise[rows], conditioning, key)))
+    latents, images = (np.concatenate(parts)[: len(texts)] for parts in zip(*batches))
+    return latents, images
+
+
+def save(out: Path, request: Request, latents: np.ndarray, images: np.ndarray) -> None:
+    """Writes one PNG an image, the contact sheet and the latents."""
+    np.save(out / "latents.npy", latents.transpose(0, 3, 1, 2).astype(np.float32))
+    for number, image in enumerate(images):
+        save_png(out / f"{number:05d}.png", to_picture(image))
+    columns = min(request.num_images, MAX_GRID_COLUMNS)
+    grouped = images.reshape(len(request.prompts), request.num_images, *images.shape[1:])
+    save_png(out / "grid.png", image_grid(grouped[:, :columns], request.prompts))
