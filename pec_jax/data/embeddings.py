@@ -71,4 +71,5 @@ class PromptTable:
         conditioning, inputs = jax.tree.map(
             lambda leaf: leaf[ids], (self.conditioning, self.reward_inputs)
         )
-        return Batch(prompt_ids=ids, conditioning=conditioning, reward_inputs=inputs)
+        # NumPy until the train step puts it on its devices.
+        return Batch(ids, conditioning, inputs)  # type: ignore[arg-type]

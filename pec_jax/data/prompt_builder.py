@@ -15,7 +15,9 @@ from pec_jax.data.prompts import PromptError, read_prompts
 SPLIT = "prompts"
 
 
-class PromptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class PromptBuilder(  # type: ignore[call-arg]  # TFDS carries no types
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """Prepares one prompt file as an array_record data set, in the order of the file."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -24,8 +26,8 @@ class PromptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # not declare (importlib_resources). There are no downloads.
     code_path = None
 
-    def __init__(self, *, path: Path | None = None, **kwargs: Any):
-        """Args: path: the prompt file; not needed to read a prepared set. kwargs: as in TFDS."""
+    def __init__(self, *, path: Path, **kwargs: Any):
+        """Args: path: the prompt file. kwargs: as in TFDS."""
         self._path = path
         super().__init__(**kwargs)
 

@@ -34,7 +34,7 @@ def require_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
     encoder = options.get("encoder")
     if encoder is None:
         raise ValueError(f"The reward {name!r} needs the option 'encoder', a CLIP-like encoder.")
-    if encoder.tokenizer is None:
+    if encoder.tokenizer is None or encoder.text_features is None:
         raise ValueError(
             f"The encoder {encoder.name!r} reads no text, so that the reward {name!r} cannot "
             "compare its images with prompts. Use a CLIP-like encoder."
@@ -76,7 +76,9 @@ def text_features(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
       [N, d] fp32 of length 1.
     """
     ids = tokenize(encoder, [prompt.text for prompt in prompts])
-    encode = jax.jit(lambda params, batch: unit(encoder.text_features(params, batch)))
+    tower = encoder.text_features
+    assert tower is not None  # `require_encoder` has seen to it
+    encode = jax.jit(lambda params, batch: unit(tower(params, batch)))
     # Whole batches only, so that one compilation serves them all.
     missing = -len(ids) % TEXT_BATCH
     padded = np.concatenate([ids, np.repeat(ids[-1:], missing, axis=0)])

@@ -26,10 +26,13 @@ def make(options: Mapping[str, Any]) -> Reward:
       options: "encoder": an Encoder with a text tower and a logit scale.
     """
     encoder = require_encoder("pickscore", options)
+    logit_scale = encoder.logit_scale
+    if logit_scale is None:
+        raise ValueError(f"The encoder {encoder.name!r} has no logit scale; use a PickScore model.")
 
     def score(params: Any, images: Array, text: Array) -> Array:
         cosine = pair_cosine(encoder, params, images, text)
-        return encoder.logit_scale(params) * cosine / SCALE  # the scale is already exp(stored)
+        return logit_scale(params) * cosine / SCALE  # the scale is already exp(stored)
 
     return Reward(
         name="pickscore",

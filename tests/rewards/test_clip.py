@@ -113,6 +113,11 @@ def test_one_warning_for_all_that_is_cut():
         clip.tokenize(encoder, ["a red circle a red"])  # exactly the length
 
 
+def test_pickscore_needs_a_logit_scale():
+    with pytest.raises(ValueError, match="'small' has no logit scale"):
+        pickscore.make({"encoder": dataclasses.replace(small_encoder(), logit_scale=None)})
+
+
 @pytest.mark.parametrize("make", [clip.make, pickscore.make])
 def test_encoder_must_read_text(make):
     with pytest.raises(ValueError, match="needs the option 'encoder'"):
