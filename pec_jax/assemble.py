@@ -253,7 +253,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(o.grad_clip), adamw) if o.grad_clip else adamw
 
 
-def _trainable(config: Config, pipeline: Pipeline) -> PyTree:
+def trainable_params(config: Config, pipeline: Pipeline) -> PyTree:
+    """What learns, as it is before training: a LoRA that does nothing yet, or the weights."""
     params = pipeline.transformer_variables["params"]
     if config.trainable.mode == "full":
         return jax.tree.map(lambda a: np.array(a, np.float32), params)
