@@ -278,11 +278,8 @@ class CLIPVisionEmbeddings(nn.Module):
             name="patch_embedding",
         )(pixels)
         x = x.reshape(x.shape[0], -1, c.hidden_size)  # [N, patches, D]
-        token = self.param(
-            "class_embedding",
-            nn.with_logical_partitioning(init.normal(c.hidden_size**-0.5), ("embed",)),
-            (c.hidden_size,),
-        ).astype(self.dtype)
+        start = nn.with_logical_partitioning(init.normal(c.hidden_size**-0.5), ("embed",))
+        token = jnp.asarray(self.param("class_embedding", start, (c.hidden_size,)), self.dtype)
         token = jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size))
         x = jnp.concatenate([token, x], axis=1)
         length = (c.image_size // c.patch_size) ** 2 + 1

@@ -26,7 +26,8 @@ def select(cls: type[T], values: Mapping[str, Any], **overrides: Any) -> T:
     Raises:
         ValueError: whatever the dataclass itself finds wrong.
     """
-    known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = {name: values[name] for name in names if name in values}
     return cls(**{**known, **overrides})
 
 

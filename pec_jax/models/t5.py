@@ -198,7 +198,9 @@ class T5Encoder(nn.Module):
             self.dtype,
             name="encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
         )
-        bias = jnp.moveaxis(table(buckets), -1, 0)[None].astype(jnp.float32)  # [1, H, L, L]
+        bias = jnp.moveaxis(table(jnp.asarray(buckets)), -1, 0)[None].astype(
+            jnp.float32
+        )  # [1, H, L, L]
         if mask is not None:
             bias = jnp.where(mask.astype(bool)[:, None, None, :], bias, -jnp.inf)
         # Trained from scratch, unit-variance tokens as T5 has them.

@@ -36,9 +36,9 @@ MAX_T5_LENGTH = 256
 class TokenIds(NamedTuple):
     """The same prompts for each of the three encoders."""
 
-    clip: Array  # [N, L] int32
-    clip_2: Array  # [N, L] int32
-    t5: Array  # [N, M] int32
+    clip: Array | np.ndarray  # [N, L] int32
+    clip_2: Array | np.ndarray  # [N, L] int32
+    t5: Array | np.ndarray  # [N, M] int32
 
 
 def join(clip: Array, clip_2: Array, t5: Array) -> Array:
@@ -86,9 +86,10 @@ def condition(
     Returns:
         Conditioning of N prompts, fp32 whatever the encoders compute in.
     """
-    out = clip.apply(variables["clip"], ids.clip)
-    out_2 = clip_2.apply(variables["clip_2"], ids.clip_2)
-    tokens = join(out.penultimate, out_2.penultimate, t5.apply(variables["t5"], ids.t5))
+    out: Any = clip.apply(variables["clip"], ids.clip)
+    out_2: Any = clip_2.apply(variables["clip_2"], ids.clip_2)
+    encoded: Any = t5.apply(variables["t5"], ids.t5)
+    tokens = join(out.penultimate, out_2.penultimate, encoded)
     pooled = jnp.concatenate([out.text_embeds, out_2.text_embeds], axis=-1)
     return Conditioning(tokens.astype(jnp.float32), pooled.astype(jnp.float32))
 
@@ -128,7 +129,8 @@ class TextStack:
             ids of N prompts.
         """
         lengths = (self.clip_length, self.clip_length, self.t5_length)
-        padded, too_long = [], {}
+        padded: list[np.ndarray] = []
+        too_long: dict[str, None] = {}  # a set that remembers the order
         for tokenizer, length in zip(self.tokenizers, lengths):
             whole = tokenizer(list(prompts), verbose=False)["input_ids"]
             too_long.update({p: None for p, ids in zip(prompts, whole) if len(ids) > length})

@@ -97,10 +97,11 @@ class ViTEmbeddings(nn.Module):
         )(pixels)
         x = x.reshape(x.shape[0], -1, c.hidden_size)  # [N, patches, D]
         table = nn.with_logical_partitioning(init.truncated_normal(0.02), (None, None, "embed"))
-        token = self.param("cls_token", table, (1, 1, c.hidden_size)).astype(self.dtype)
-        positions = self.param("position_embeddings", table, (1, x.shape[1] + 1, c.hidden_size))
+        token = jnp.asarray(self.param("cls_token", table, (1, 1, c.hidden_size)), self.dtype)
+        shape = (1, x.shape[1] + 1, c.hidden_size)
+        positions = jnp.asarray(self.param("position_embeddings", table, shape), self.dtype)
         token = jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size))
-        return jnp.concatenate([token, x], axis=1) + positions.astype(self.dtype)
+        return jnp.concatenate([token, x], axis=1) + positions
 
 
 class ViTLayer(nn.Module):

@@ -135,11 +135,11 @@ def _load_clip(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dt
 
     def image_features(params: PyTree, images: Array) -> Array:
         pixels = preprocess(images)
-        features = model.apply(params, pixels, method="get_image_features")
+        features: Any = model.apply(params, pixels, method="get_image_features")
         return features.astype(jnp.float32)
 
     def text_features(params: PyTree, token_ids: Array) -> Array:
-        features = model.apply(params, token_ids, method="get_text_features")
+        features: Any = model.apply(params, token_ids, method="get_text_features")
         return features.astype(jnp.float32)
 
     def logit_scale(params: PyTree) -> Array:
@@ -166,7 +166,8 @@ def _load_vit(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dty
     variables = load_variables(root, model, pixels, ignore=vit.IGNORED_TENSORS, dtype=dtype)
 
     def image_features(params: PyTree, images: Array) -> Array:
-        return model.apply(params, preprocess(images))[:, 0].astype(jnp.float32)
+        hidden: Any = model.apply(params, preprocess(images))
+        return hidden[:, 0].astype(jnp.float32)
 
     return Encoder(
         name=root.name, dim=settings.hidden_size, params=variables, image_features=image_features

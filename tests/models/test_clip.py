@@ -173,18 +173,18 @@ def test_bf16_and_remat_stay_near_fp32():
     module = clip.CLIPTextModel(config)
     variables = nn.unbox(module.init(jax.random.key(0), ids))
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    full = module.apply(variables, ids)
-    half = clip.CLIPTextModel(config, dtype=jnp.bfloat16).apply(variables, ids)
+    full = jax.jit(module.apply)(variables, ids)
+    half = jax.jit(clip.CLIPTextModel(config, dtype=jnp.bfloat16).apply)(variables, ids)
     assert half.last_hidden.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.last_hidden.astype(np.float32), full.last_hidden, atol=0.1)
 
-    def loss(variables, remat):
-        return jnp.square(
-            clip.CLIPTextModel(config, remat=remat).apply(variables, ids).text_embeds
-        ).sum()
+    def gradient(remat):
+        model = clip.CLIPTextModel(config, remat=remat)
+        return jax.jit(jax.grad(lambda v: jnp.square(model.apply(v, ids).text_embeds).sum()))
 
-    plain, again = (jax.grad(loss)(variables, remat) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+    plain, again = (gradient(remat)(variables) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), plain, again)
+    assert max(np.abs(a).max() for a in jax.tree.leaves(plain)) > 1.0
 
 
 def test_kernels_name_their_axes():

@@ -72,11 +72,11 @@ def test_mask_hides_tokens(tmp_path):
     mask = np.ones((3, 9), np.int32)
     mask[0, 4:] = 0
     mask[2, 7:] = 0
-    ours = np.asarray(module.apply(variables, ids, mask))
+    ours = np.asarray(jax.jit(module.apply)(variables, ids, mask))
     theirs = model(torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask))[0]
     theirs = theirs.detach().numpy()
     assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
-    assert np.abs(ours - np.asarray(module.apply(variables, ids))).max() > 1e-3
+    assert np.abs(ours - np.asarray(jax.jit(module.apply)(variables, ids))).max() > 1e-3
 
 
 def test_token_table_stored_twice_is_read_once(tmp_path):
@@ -103,9 +103,9 @@ def test_buckets_equal_transformers(buckets, distance):
 def test_bf16_stays_near_fp32(tmp_path):
     _, module, variables = build(tmp_path, feed_forward_proj="gated-gelu")
     ids = random_ids(7)
-    half = t5.T5Encoder(module.config, dtype=jnp.bfloat16).apply(variables, ids)
+    half = jax.jit(t5.T5Encoder(module.config, dtype=jnp.bfloat16).apply)(variables, ids)
     assert half.dtype == jnp.bfloat16
-    full = module.apply(variables, ids)
+    full = jax.jit(module.apply)(variables, ids)
     np.testing.assert_allclose(half.astype(np.float32), full, atol=0.15)
 
 

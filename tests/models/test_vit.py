@@ -76,10 +76,10 @@ def test_other_tensors_than_the_pooler_are_not_ignored(tmp_path):
 def test_bf16_stays_near_fp32():
     config = vit.ViTConfig.from_dict(SMALL)
     pixels = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    variables = vit.ViTModel(config).init(jax.random.key(0), pixels)
-    half = vit.ViTModel(config, dtype=jnp.bfloat16).apply(variables, pixels)
+    variables = jax.jit(vit.ViTModel(config).init)(jax.random.key(0), pixels)
+    half = jax.jit(vit.ViTModel(config, dtype=jnp.bfloat16).apply)(variables, pixels)
     assert half.dtype == jnp.bfloat16
-    full = vit.ViTModel(config).apply(variables, pixels)
+    full = jax.jit(vit.ViTModel(config).apply)(variables, pixels)
     np.testing.assert_allclose(half.astype(np.float32), full, atol=0.1)
 
 
