@@ -35,7 +35,9 @@ class Checkpointer:
         )
 
     def save(self, state: TrainState) -> None:
-        """Starts writing `state`; returns as soon as it is copied to the host."""
+        """Starts writing `state`, unless its step is there; returns once it is on the host."""
+        if int(state.step) in self._manager.all_steps():
+            return
         host_state = jax.device_get(state) if jax.process_count() == 1 else state
         self._manager.save(
             int(host_state.step),

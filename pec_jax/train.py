@@ -171,9 +171,9 @@ class _Run:
             writer.scalars(int(state.step), self._evaluator(self._eval_params(state), self._frozen))
 
         pairs = (
-            (every.checkpoint_every, save),
             (every.sample_every, sample),
             (every.eval_every, evaluate),
+            (every.checkpoint_every, save),  # last: what it covers has been written by then
         )
         return [
             periodic_actions.PeriodicCallback(

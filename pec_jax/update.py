@@ -65,6 +65,7 @@ def update(
         "constraint/weight": state.constraint_weight,
         "constraint/bonus_mean": jnp.mean(shaped - experience.rewards),
         "policy/ratio_max_deviation": aux["ratio_max_deviation"][0],
+        "policy/logp_drift": aux["logp_drift"][0],
         "policy/clip_fraction": jnp.mean(aux["clip_fraction"]),
         "policy/kl": jnp.mean(aux["kl"]),
         "policy/grad_norm": jnp.mean(aux["grad_norm"]),
@@ -192,6 +193,7 @@ def _loss(
     loss, aux = constrained_loss(
         constraint, signals, options, config.grpo.clip_low, config.grpo.clip_high
     )
+    aux["logp_drift"] = jnp.max(jnp.abs(fresh - micro.logp_rollout))
     aux["kl"] = jnp.float32(0.0) if kl is None else jax.lax.stop_gradient(jnp.mean(kl))
     return loss, {**aux, "loss": loss}
 
@@ -227,7 +229,7 @@ def _one_update(
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, aux = jax.lax.scan(accumulate, zeros, flat)
     aux = {
-        name: jnp.max(a) if name == "ratio_max_deviation" else jnp.mean(a)
+        name: jnp.max(a) if name in ("ratio_max_deviation", "logp_drift") else jnp.mean(a)
         for name, a in aux.items()
     }
     norm = optax.global_norm(grads)

@@ -99,5 +99,5 @@ def test_an_unknown_field_is_answered_with_the_nearest(small_config):
 def test_a_missing_field_is_named(small_config):
     values = small_config.to_dict()
     del values["sampler"]["guidance"]
-    with pytest.raises(ConfigError, match="config.sampler lacks guidance"):
+    with pytest.raises(ConfigError, match=r"config\.sampler lacks guidance"):
         from_config_dict(values)

@@ -1,0 +1,133 @@
+"""The command line: mistakes are answered with a sentence, never with a stack trace."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pec_jax.assemble import make_world
+from pec_jax.config import from_config_dict
+from tests.conftest import ROOT
+
+SHAPES = "--config=configs/shapes_pec.py"
+
+
+def run(module, *flags, cwd=ROOT):
+    """(exit status, everything printed) of a command."""
+    process = subprocess.run(
+        [sys.executable, "-m", module, *flags],
+        cwd=cwd,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return process.returncode, process.stdout + process.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.sampler.num_stepz=3"], ["num_stepz", "num_steps"]),
+        (["--config.optimizer.learning_rate=fast"], ["learning_rate", "fast"]),
+        (["--config.constraint.name=pecc"], ["'pecc'", "Did you mean 'pec'", "kl", "none"]),
+    ],
+)
+def test_a_mistake_is_answered_with_a_sentence(tmp_path, flags, words):
+    code, output = run("pec_jax.main", SHAPES, f"--workdir={tmp_path}", *flags)
+    assert code not in (0, None)
+    assert "Traceback" not in output
+    for word in words:
+        assert word in output
+
+
+# field, value, words that the answer must contain
+MISTAKES = [
+    ("perception.estimator", "knnn", ["'knnn'", "gaussian", "knn", "logdet"]),
+    ("perception.encoder", "dinoo", ["'dinoo'", "clip", "dino", "pickscore"]),
+    ("sampler.kernel", "sde", ["'sde'", "cps", "dance_sde", "flow_sde", "ode"]),
+    ("rewards", {"beauty": 1.0}, ["'beauty'", "attributes", "clip", "pickscore"]),
+    ("prompts.train", "no/such.txt", ["no/such.txt"]),
+    ("prompts.train", "shapes/nothing", ["shapes/nothing", "shapes/train_open"]),
+    ("model.path", "/no/such/model", ["/no/such/model"]),
+    ("trainable.targets", ("nothing_like_this$",), ["nothing_like_this"]),
+    ("model.height", 33, ["height", "33", "multiples of 8"]),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "words"), MISTAKES)
+def test_a_name_that_does_not_exist_is_answered_with_those_that_do(
+    small_config, path, value, words
+):
+    values = small_config.to_dict()
+    *sections, field = path.split(".")
+    target = values
+    for section in sections:
+        target = target[section]
+    target[field] = value
+    with pytest.raises(ValueError) as error:
+        make_world(from_config_dict(values))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_what_is_missing_is_asked_for():
+    code, output = run("pec_jax.main", SHAPES)
+    assert code != 0 and "--workdir is missing" in output and "Traceback" not in output
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    code, output = run("pec_jax.main", "--config=configs/nothing.py", f"--workdir={tmp_path}")
+    assert code != 0 and "nothing.py" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("module", ["main", "sample", "pretrain"])
+def test_help_is_complete(module):
+    _, output = run(f"pec_jax.{module}", "--help")
+    flags = {"main": ["config", "workdir"], "sample": ["prompt", "lora"], "pretrain": ["out"]}
+    for flag in flags[module]:
+        assert f"--{flag}" in output or f"--[no]{flag}" in output
+
+
+def test_a_read_only_work_directory_is_answered():
+    code, output = run("pec_jax.main", SHAPES, "--workdir=/proc/nothing/here")
+    assert code != 0 and "/proc/nothing" in output and "Traceback" not in output
+
+
+def test_a_full_disk_is_answered(tmp_path):
+    """A limit on the size of files stands in for the end of the disk: writes fail half-way."""
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        f"sys.argv = ['main', {SHAPES!r}, '--workdir={tmp_path}/run'];"
+        "from pec_jax import main; main.run()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    output = process.stdout + process.stderr
+    assert process.returncode != 0
+    assert "Traceback" not in output, output
+    assert "Error:" in output
+    assert not (tmp_path / "run" / "config.json").exists()  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model=/no/such/model", "--prompt=a circle"], ["/no/such/model"]),
+        (["--prompt=a circle", "--height=33"], ["height", "33"]),
+        (["--prompt=a circle", "--sampler=euler"], ["sampler", "flow_sde"]),
+        (["--prompt=a circle", "--lora=/no/such/run"], ["/no/such/run", "run directory"]),
+        (["--prompt=a circle", "--init_latents=/no/such.npy"], ["/no/such.npy"]),
+        ([], ["--prompt is missing"]),
+    ],
+)
+def test_mistakes_in_sampling_are_answered(tmp_path, flags, words):
+    code, output = run("pec_jax.sample", f"--out={tmp_path}", *flags)
+    assert code != 0 and "Traceback" not in output
+    for word in words:
+        assert word in output
