@@ -1,0 +1,143 @@
+"""The paradox and the cure, over several seeds: `python launch/paradox.py --out=docs/results`.
+
+Runs configs/shapes_grpo.py and configs/shapes_pec.py for each seed (finished runs are passed
+over, interrupted ones go on), then writes `paradox.md` with the numbers and their spread, and the
+sample grids `base.png`, `grpo.png` and `pec.png` of the first seed, all with the same prompts and
+noise.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+_OUT = flags.DEFINE_string("out", "docs/results", "Where the table and the grids are written.")
+_RUNS = flags.DEFINE_string("runs", "runs/paradox", "Where the run directories lie.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each config.")
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ("shapes_grpo", "shapes_pec")
+
+
+def run(config: str, seed: str, runs: Path) -> Path:
+    """One training run; returns its directory."""
+    directory = runs / f"{config}_{seed}"
+    if not (directory / "eval.json").exists():
+        command = [
+            sys.executable,
+            "-m",
+            "pec_jax.main",
+            f"--config={ROOT / 'configs' / config}.py",
+            f"--workdir={directory}",
+            f"--config.seed={seed}",
+        ]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return directory
+
+
+def measure(directory: Path) -> dict[str, float]:
+    """What the claim is about, of one run; shares are of the base model's numbers."""
+    result = json.loads((directory / "eval.json").read_text(encoding="utf-8"))
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines if '"entropy/policy"' in line]
+    entropies = [step["entropy/policy"] for step in steps]
+    reward = max(config["rewards"], key=config["rewards"].get)
+    variance = f"diversity/variance_{config['perception']['encoder']}"
+    seconds = [step["time/step_seconds"] for step in steps[1:]]
+    return {
+        "reward, base": result[f"base/quality/{reward}"],
+        "reward": result[f"quality/{reward}"],
+        "reward gain": result[f"quality/{reward}"] - result[f"base/quality/{reward}"],
+        "perceptual variance, base": result[f"base/{variance}"],
+        "perceptual variance": result[variance],
+        "variance kept": result[variance] / result[f"base/{variance}"],
+        "attributes right, base": result["base/quality/attributes"],
+        "attributes right": result["quality/attributes"],
+        "policy entropy, range over the run": max(entropies) - min(entropies),
+        "seconds per iteration, median": float(np.median(seconds)),
+    }
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Mean and range over the seeds, a column a config."""
+    names = list(next(iter(rows.values()))[0])
+    lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---:|" * len(rows)]
+    for name in names:
+        cells = []
+        for runs in rows.values():
+            values = [row[name] for row in runs]
+            cells.append(f"{np.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(rows: dict[str, list[dict[str, float]]]) -> str:
+    """The four claims, each with the number of every seed."""
+    grpo, pec = (rows[name] for name in CONFIGS)
+    lost = [1 - row["variance kept"] for row in grpo]
+    kept = [row["variance kept"] for row in pec]
+    gains = [a["reward gain"] / b["reward gain"] for a, b in zip(pec, grpo)]
+    still = max(row["policy entropy, range over the run"] for row in grpo)
+
+    def line(claim: str, values: list[float], bound: float) -> str:
+        numbers = ", ".join(f"{value:.1%}" for value in values)
+        met = sum(value >= bound for value in values)
+        return f"- {claim} (target {bound:.0%}): {numbers}; {met} of {len(values)} seeds."
+
+    return "\n".join(
+        [
+            line("Flow-GRPO loses this much of the base model's perceptual variance", lost, 0.6),
+            f"- Meanwhile its policy entropy moves by at most {still:.1e} nats (target 1e-6).",
+            line("PEC keeps this much of Flow-GRPO's reward gain", gains, 0.75),
+            line("PEC keeps this much of the base model's perceptual variance", kept, 0.75),
+        ]
+    )
+
+
+def copy_grids(directories: dict[str, Path], out: Path) -> None:
+    """The first seed's grids: base, collapsed, and not."""
+    grids = sorted((directories["shapes_grpo"] / "samples").glob("step_*.png"))
+    shutil.copy(grids[0], out / "base.png")
+    for name, directory in directories.items():
+        last = sorted((directory / "samples").glob("step_*.png"))[-1]
+        shutil.copy(last, out / f"{name.removeprefix('shapes_')}.png")
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is missing and writes the report."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    out, runs = Path(_OUT.value), Path(_RUNS.value)
+    out.mkdir(parents=True, exist_ok=True)
+    directories = {name: [run(name, seed, runs) for seed in _SEEDS.value] for name in CONFIGS}
+    rows = {name: [measure(d) for d in ds] for name, ds in directories.items()}
+    copy_grids({name: ds[0] for name, ds in directories.items()}, out)
+    text = f"""# The paradox and the cure
+
+Made by `python launch/paradox.py`; held-out open prompts, {len(_SEEDS.value)} seeds; mean and
+range over the seeds.
+
+{verdict(rows)}
+
+{table(rows)}
+
+The same prompts and the same noise, seed {_SEEDS.value[0]}: the base model, after Flow-GRPO, and
+after Flow-GRPO with the perceptual entropy constraint.
+
+![base model](base.png)
+![Flow-GRPO](grpo.png)
+![PEC](pec.png)
+"""
+    (out / "paradox.md").write_text(text, encoding="utf-8")
+    print(verdict(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,201 @@
+"""The sample command against diffusers, and what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from pec_jax import sampling
+from pec_jax.assemble import SHAPES_DIRECTORY
+from pec_jax.models import vae
+from pec_jax.weights.pipeline import load_pipeline
+
+PROMPTS = ("a small red circle on a dark background", "a shape", "a large blue cross at the top")
+LENGTH = 14  # tokens of the embedded T5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_matmuls():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    torch.manual_seed(0)
+    pipe = StableDiffusion3Pipeline.from_pretrained(SHAPES_DIRECTORY, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return load_pipeline(SHAPES_DIRECTORY)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Initial latents [3, C, h, w], as an array and as a file."""
+    latents = np.random.default_rng(0).normal(size=(3, 4, 8, 8)).astype(np.float32)
+    path = tmp_path_factory.mktemp("latents") / "start.npy"
+    np.save(path, latents)
+    return latents, path
+
+
+def relative(a, b):
+    """Largest difference in units of the reference's standard deviation."""
+    return np.abs(np.asarray(a) - np.asarray(b)).max() / np.asarray(b).std()
+
+
+@pytest.mark.parametrize("num_steps", [10, 28])
+def test_final_latents_are_those_of_diffusers(tmp_path, oracle, start, num_steps):
+    latents, path = start
+    request = sampling.Request(
+        model="shapes",
+        prompts=PROMPTS,
+        num_images=1,
+        num_steps=num_steps,
+        guidance=4.5,
+        init_latents=str(path),
+    )
+    sampling.run(request, tmp_path)
+    expected = oracle(
+        list(PROMPTS),
+        latents=torch.from_numpy(latents),
+        num_inference_steps=num_steps,
+        guidance_scale=4.5,
+        max_sequence_length=LENGTH,
+        output_type="latent",
+    ).images.numpy()
+    found = np.load(tmp_path / "latents.npy")
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    assert relative(found, expected) < 1e-3  # 28 guided steps amplify rounding
+
+
+def test_text_embeddings_are_those_of_diffusers(oracle, ours):
+    with torch.no_grad():
+        tokens, _, pooled, _ = oracle.encode_prompt(
+            list(PROMPTS), None, None, do_classifier_free_guidance=False, max_sequence_length=LENGTH
+        )
+    found = ours.text.encode(list(PROMPTS))
+    assert relative(found.tokens, tokens) < 1e-5
+    assert relative(found.pooled, pooled) < 1e-5
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.6, 0.05])
+def test_a_velocity_is_that_of_diffusers(oracle, ours, start, sigma):
+    latents, _ = start
+    conditioning = ours.text.encode(list(PROMPTS))
+    timestep = np.full(3, 1000 * sigma, np.float32)
+    with torch.no_grad():
+        expected = oracle.transformer(
+            torch.from_numpy(latents),
+            torch.from_numpy(np.asarray(conditioning.tokens)),
+            torch.from_numpy(np.asarray(conditioning.pooled)),
+            torch.from_numpy(timestep),
+        ).sample
+    found = ours.transformer.apply(
+        ours.transformer_variables,
+        latents.transpose(0, 2, 3, 1),
+        timestep,
+        conditioning.tokens,
+        conditioning.pooled,
+    )
+    assert relative(np.transpose(found, (0, 3, 1, 2)), expected) < 1e-5
+
+
+def test_the_autoencoder_is_that_of_diffusers(oracle, ours):
+    images = np.random.default_rng(1).uniform(-1, 1, size=(2, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        distribution = oracle.vae.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist
+        decoded = oracle.vae.decode(distribution.mean).sample
+    mean, logvar = ours.vae.apply(ours.vae_variables, images, method="encode")
+    assert relative(np.transpose(mean, (0, 3, 1, 2)), distribution.mean) < 1e-4
+    assert relative(np.transpose(logvar, (0, 3, 1, 2)), distribution.logvar) < 1e-4
+    found = ours.vae.apply(ours.vae_variables, mean, method="decode")
+    assert relative(np.transpose(found, (0, 3, 1, 2)), decoded) < 1e-4
+    config = ours.vae.config
+    assert config.scaling_factor == oracle.vae.config.scaling_factor
+    np.testing.assert_allclose(
+        vae.unscale_latents(config, vae.scale_latents(config, mean)), mean, atol=1e-5
+    )
+
+
+def test_files_of_a_sample(tmp_path):
+    request = sampling.Request(
+        model="shapes", prompts=PROMPTS[:2], num_images=3, num_steps=2, guidance=1.0, batch_size=4
+    )
+    sampling.run(request, tmp_path)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [*(f"{i:05d}.png" for i in range(6)), "grid.png", "latents.npy"]
+    assert np.load(tmp_path / "latents.npy").shape == (6, 4, 8, 8)
+    with Image.open(tmp_path / "00000.png") as image:
+        assert image.size == (32, 32)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.size[0] > 3 * 64
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(tmp_path):
+    for size in (1, 3):
+        request = sampling.Request(
+            model="shapes",
+            prompts=PROMPTS[:1],
+            num_images=3,
+            num_steps=3,
+            guidance=2.0,
+            batch_size=size,
+            height=40,
+            width=24,
+        )
+        sampling.run(request, tmp_path / str(size))
+    one, three = (np.load(tmp_path / str(size) / "latents.npy") for size in (1, 3))
+    assert one.shape == (3, 4, 10, 6)
+    np.testing.assert_allclose(one, three, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 4, 8, 8), np.float32), np.zeros((1, 4, 8, 8), np.int64)]
+)
+def test_latents_of_the_wrong_kind_are_refused(tmp_path, array):
+    np.save(tmp_path / "bad.npy", array)
+    request = sampling.Request(
+        model="shapes", prompts=PROMPTS, num_images=1, init_latents=str(tmp_path / "bad.npy")
+    )
+    with pytest.raises(ValueError, match=r"bad\.npy holds .* need floats of shape \(3, 4, 8, 8\)"):
+        sampling.run(request, tmp_path)
+
+
+def test_what_a_run_has_learned_is_applied(tmp_path, small_config):
+    from pec_jax.train import train
+
+    small_config.update({"num_iterations": 1})
+    small_config.optimizer.learning_rate = 0.5  # so that one iteration shows
+    small_config.schedule.update({"sample_every": 0, "checkpoint_every": 0, "eval_every": 0})
+    train(small_config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["num_iterations"] == 1
+    latents = []
+    for lora, use_ema in (
+        (None, True),
+        (str(tmp_path / "run"), True),
+        (str(tmp_path / "run"), False),
+    ):
+        request = sampling.Request(
+            model="shapes",
+            prompts=("a shape",),
+            lora=lora,
+            use_ema=use_ema,
+            num_images=2,
+            num_steps=2,
+            guidance=1.0,
+        )
+        sampling.run(request, tmp_path / "out")
+        latents.append(np.load(tmp_path / "out" / "latents.npy"))
+    base, ema, last = latents
+    assert np.abs(ema - base).max() > 1e-3
+    assert np.abs(last - ema).max() > 1e-3
