@@ -176,7 +176,7 @@ def to_torch(variables: PyTree) -> dict[str, np.ndarray]:
         inverse = tuple(np.argsort(leaf.axes))
         for i, name in enumerate(leaf.names):
             layer = array[i] if leaf.stacked else array
-            tensors[name] = np.ascontiguousarray(np.transpose(layer, inverse))
+            tensors[name] = np.asarray(np.transpose(layer, inverse), order="C")
     return tensors
 
 

@@ -167,7 +167,7 @@ def write_tensors(
     Raises:
         OSError: the directory cannot be written or the disk is full; nothing is left behind.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     path = Path(directory) / f"{stem}.safetensors"
 
     def write(temporary: Path) -> None:
