@@ -106,17 +106,14 @@ def make_world(config: Config) -> World:
     )
     all_rewards, all_reward_encoders = _make_rewards(config.rewards, encoders)
     program = _make_program(config, pipeline, encoders, reward, reward_encoder)
+    tables, negative = _encode(prompts, pipeline, all_rewards)
     frozen = Frozen(
         transformer=pipeline.transformer_variables,
         vae=pipeline.vae_variables,
-        negative=pipeline.text.encode([""]),
+        negative=negative,
         encoders={name: encoder.params for name, encoder in encoders.items()},
         rewards={n: all_rewards.params[n] for n, e in all_reward_encoders.items() if not e},
     )
-    tables = {
-        name: PromptTable(pipeline.text.encode([p.text for p in ps]), all_rewards.prepare(ps))
-        for name, ps in prompts.items()
-    }
     return World(
         config=config,
         pipeline=pipeline,
@@ -129,6 +126,21 @@ def make_world(config: Config) -> World:
         heldout_prompts=prompts["heldout"],
         sample_prompts=prompts["samples"],
     )
+
+
+def _encode(
+    prompts: Mapping[str, list[Prompt]], pipeline: Pipeline, reward: rewards.CombinedReward
+) -> tuple[dict[str, PromptTable], Conditioning]:
+    """The tables of several prompt sets and the empty prompt, in one go: towers compile once."""
+    every = [prompt for group in prompts.values() for prompt in group]
+    conditioning = pipeline.text.encode([*(p.text for p in every), ""])
+    inputs = reward.prepare(every)
+    tables, start = {}, 0
+    for name, group in prompts.items():
+        rows = slice(start, start + len(group))
+        tables[name] = PromptTable(*jax.tree.map(lambda a: a[rows], (conditioning, inputs)))  # noqa: B023
+        start += len(group)
+    return tables, jax.tree.map(lambda a: a[-1:], conditioning)
 
 
 def _check_names(config: Config) -> None:
@@ -263,7 +275,7 @@ def trainable_params(config: Config, pipeline: Pipeline) -> PyTree:
 
 
 # What the run's key is folded with for each use, so that no two share random numbers.
-_LORA_STREAM, TRAIN_STREAM, EVAL_STREAM, SAMPLE_STREAM = range(4)
+_LORA_STREAM, TRAIN_STREAM, EVAL_STREAM = range(3)
 
 
 def stream_key(config: Config, stream: int) -> Array:

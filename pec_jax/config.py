@@ -348,6 +348,12 @@ def _validate(config: Config) -> None:
             f"config.perception.k is {p.k}, but an image has only {config.batch.group_size - 1} "
             "neighbours in its group: take a smaller k or a larger config.batch.group_size."
         )
+    for field, limit in (("sample_rows", "groups"), ("sample_columns", "images_per_prompt")):
+        if getattr(config.eval, field) > getattr(config.eval, limit):
+            raise ConfigError(
+                f"config.eval.{field} is {getattr(config.eval, field)}, more than config.eval."
+                f"{limit} ({getattr(config.eval, limit)}), which are drawn at once: lower it."
+            )
     if not any(weight != 0 for weight in config.rewards.values()):
         raise ConfigError("config.rewards: at least one reward needs a weight other than 0.")
 

@@ -17,11 +17,11 @@ from clu import parameter_overview, periodic_actions
 
 from pec_jax import config as config_lib
 from pec_jax import sharding
-from pec_jax.assemble import EVAL_STREAM, SAMPLE_STREAM, TRAIN_STREAM, World, make_world, stream_key
+from pec_jax.assemble import EVAL_STREAM, TRAIN_STREAM, World, make_world, stream_key
 from pec_jax.checkpoint import Checkpointer
 from pec_jax.data.pipeline import PromptStream
 from pec_jax.errors import RunError
-from pec_jax.evaluation.evaluate import Evaluator, Sampler
+from pec_jax.evaluation.evaluate import Evaluator
 from pec_jax.metrics import MetricWriter, Progress, write_text
 from pec_jax.program import initial_state
 from pec_jax.train_step import train_step
@@ -103,7 +103,6 @@ class _Run:
             directory / "checkpoints", config.schedule.keep_checkpoints
         )
         self._evaluator = Evaluator(world, stream_key(config, EVAL_STREAM))
-        self._sampler = Sampler(world, stream_key(config, SAMPLE_STREAM))
 
     def loop(self, stop: _StopFlag) -> dict[str, float]:
         """Iterates from where the run stands to its end, or until told to stop."""
@@ -213,7 +212,7 @@ class _Run:
         return state.ema if self._config.eval.use_ema else state.params
 
     def _save_samples(self, writer: MetricWriter, step: int, state: TrainState) -> None:
-        images = self._sampler(self._eval_params(state), self._frozen)
+        images = self._evaluator.sample_grid(self._eval_params(state), self._frozen)
         path = writer.grid(step, images, [p.text for p in self._world.sample_prompts])
         logging.info("Samples: %s", path)
 

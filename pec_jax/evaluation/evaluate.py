@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.assemble import World
+from pec_jax.data.embeddings import PromptTable
 from pec_jax.data.pipeline import repeat_groups
 from pec_jax.evaluation import metrics
 from pec_jax.flow.sampler import guided, sample_ode
@@ -52,51 +53,55 @@ def image_function(world: World, num_images: int) -> Callable[..., Array]:
     return draw
 
 
-class Sampler:
-    """Draws the images of the sample grids: the same prompts and the same noise each time."""
-
-    def __init__(self, world: World, key: Array):
-        self._draw = jax.jit(image_function(world, world.config.eval.sample_columns))
-        self._batch = world.samples.gather(np.arange(len(world.samples)))
-        self._key = key
-
-    def __call__(self, params: PyTree, frozen: Frozen) -> np.ndarray:
-        """Images [rows, columns, H, W, 3] in [0, 1]."""
-        return np.asarray(self._draw(params, frozen, self._batch, self._key))
-
-
 class Evaluator:
-    """Evaluates parameters on the held-out prompts with fixed seeds; compiled once."""
+    """Draws and measures images of fixed prompts from fixed noise.
+
+    Evaluation and sample grids share one compiled sampler: both draw `eval.groups` prompts times
+    `eval.images_per_prompt` images at once.
+    """
 
     def __init__(self, world: World, key: Array):
-        self._groups = min(world.config.eval.groups, len(world.heldout))
-        self._table, self._key = world.heldout, key
-        draw = image_function(world, world.config.eval.images_per_prompt)
-
-        def measure(params: PyTree, frozen: Frozen, batch: Batch, key: Array) -> dict[str, Array]:
-            images = draw(params, frozen, batch, key)
-            _, scores = world.all_rewards.score(
-                frozen.reward_params(world.all_reward_encoders), images, batch.reward_inputs
-            )
-            flat = as_8bit(images).reshape(-1, *images.shape[2:])
-            features = {
-                name: encode(frozen.encoders[name], flat).reshape(*images.shape[:2], -1)
-                for name, encode in world.program.features.items()
-            }
-            return {"scores": scores, "features": features}
-
-        self._measure = jax.jit(measure)
+        self._world, self._key = world, key
+        self._groups = world.config.eval.groups
+        self._draw = jax.jit(image_function(world, world.config.eval.images_per_prompt))
+        self._measure = jax.jit(measure_function(world))
 
     def __call__(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
-        """Metric -> number, with counts; see the table at the top of this file."""
-        size, batches = len(self._table), []
-        for start in range(0, size, self._groups):
-            ids = np.arange(start, start + self._groups) % size  # the last batch wraps around
+        """Metric -> number on the held-out prompts; see the table at the top of this file."""
+        table, batches = self._world.heldout, []
+        for start in range(0, len(table), self._groups):
+            batch = self._batch(table, start)
             key = jax.random.fold_in(self._key, start)
-            measured = self._measure(params, frozen, self._table.gather(ids), key)
-            batches.append(jax.device_get(measured))
-        joined = jax.tree.map(lambda *a: np.concatenate(a)[:size], *batches)
+            images = self._draw(params, frozen, batch, key)
+            batches.append(jax.device_get(self._measure(frozen, batch, images)))
+        joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
         return summarise(joined["scores"], joined["features"])
+
+    def sample_grid(self, params: PyTree, frozen: Frozen) -> np.ndarray:
+        """Images [rows, columns, H, W, 3] in [0, 1] of the sample prompts."""
+        table, config = self._world.samples, self._world.config.eval
+        images = self._draw(params, frozen, self._batch(table, 0), self._key)
+        return np.asarray(images[: len(table), : config.sample_columns])
+
+    def _batch(self, table: PromptTable, start: int) -> Batch:
+        ids = np.arange(start, start + self._groups) % len(table)  # the last batch wraps around
+        return table.gather(ids)
+
+
+def measure_function(world: World) -> Callable[..., dict[str, PyTree]]:
+    """(frozen, batch, images [P, N, H, W, 3]) -> scores {reward: [P, N]}, features [P, N, d]."""
+
+    def measure(frozen: Frozen, batch: Batch, images: Array) -> dict[str, PyTree]:
+        params = frozen.reward_params(world.all_reward_encoders)
+        _, scores = world.all_rewards.score(params, images, batch.reward_inputs)
+        flat = as_8bit(images).reshape(-1, *images.shape[2:])
+        features = {
+            name: encode(frozen.encoders[name], flat).reshape(*images.shape[:2], -1)
+            for name, encode in world.program.features.items()
+        }
+        return {"scores": scores, "features": features}
+
+    return measure
 
 
 def summarise(scores: dict[str, np.ndarray], features: dict[str, np.ndarray]) -> dict[str, float]:
