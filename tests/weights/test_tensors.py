@@ -1,0 +1,187 @@
+"""Safetensors files: whole, sharded, damaged, and files that must not be opened."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pec_jax.weights.tensors import (
+    WeightsError,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+
+TENSORS = {
+    "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b.bias": np.ones(4, np.float16),
+}
+
+
+def write_shards(directory, weight_map=None):
+    save_file({"a.weight": TENSORS["a.weight"]}, directory / "model-00001-of-00002.safetensors")
+    save_file({"b.bias": TENSORS["b.bias"]}, directory / "model-00002-of-00002.safetensors")
+    weight_map = weight_map or {
+        "a.weight": "model-00001-of-00002.safetensors",
+        "b.bias": "model-00002-of-00002.safetensors",
+    }
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def assert_same(found):
+    assert set(found) == set(TENSORS)
+    for name, expected in TENSORS.items():
+        assert found[name].dtype == expected.dtype
+        assert found.shape(name) == expected.shape
+        np.testing.assert_array_equal(found[name], expected)
+
+
+class TestReading:
+    def test_one_file_round_trip(self, tmp_path):
+        path = write_tensors(tmp_path / "new", TENSORS)
+        assert path == tmp_path / "new" / "model.safetensors"
+        found = read_tensors(tmp_path / "new")
+        assert_same(found)
+        assert found.file("a.weight") == path
+
+    def test_shards(self, tmp_path):
+        write_shards(tmp_path)
+        found = read_tensors(tmp_path, "model")
+        assert_same(found)
+        assert found.file("b.bias").name == "model-00002-of-00002.safetensors"
+
+    def test_bfloat16(self, tmp_path):
+        value = np.asarray(jnp.linspace(-1, 1, 8, dtype=jnp.bfloat16))
+        write_tensors(tmp_path, {"x": value})
+        found = read_tensors(tmp_path)["x"]
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, value)
+
+    def test_stem_of_diffusers_is_found(self, tmp_path):
+        write_tensors(tmp_path, TENSORS, "diffusion_pytorch_model")
+        assert_same(read_tensors(tmp_path))
+        with pytest.raises(WeightsError, match=r"holds no model\.safetensors"):
+            read_tensors(tmp_path, "model")
+
+    def test_arrays_that_are_not_contiguous_are_stored_as_seen(self, tmp_path):
+        value = np.arange(6, dtype=np.float32).reshape(2, 3).T
+        write_tensors(tmp_path, {"x": value})
+        np.testing.assert_array_equal(read_tensors(tmp_path)["x"], value)
+
+    def test_a_scalar_stays_one(self, tmp_path):
+        write_tensors(tmp_path, {"logit_scale": np.asarray(2.5, np.float32)})
+        assert read_tensors(tmp_path)["logit_scale"].shape == ()
+
+
+class TestClearErrors:
+    def test_no_directory(self, tmp_path):
+        with pytest.raises(WeightsError, match="nowhere: no such directory"):
+            read_tensors(tmp_path / "nowhere")
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(WeightsError, match=r"model\.safetensors or diffusion_pytorch_model"):
+            read_tensors(tmp_path)
+
+    def test_a_pickle_is_refused_by_name(self, tmp_path):
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        with pytest.raises(WeightsError, match=r"pytorch_model\.bin: a pickle.*safe_serialization"):
+            read_tensors(tmp_path)
+
+    @pytest.mark.parametrize("keep", [0, 4, 40, -1])
+    def test_truncated_file(self, tmp_path, keep):
+        path = write_tensors(tmp_path, TENSORS)
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(WeightsError, match=r"model\.safetensors: truncated"):
+            read_tensors(tmp_path)
+
+    def test_header_of_absurd_size(self, tmp_path):
+        (tmp_path / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}")
+        with pytest.raises(WeightsError, match=r"model\.safetensors"):
+            read_tensors(tmp_path)
+
+    def test_missing_shard(self, tmp_path):
+        write_shards(tmp_path)
+        (tmp_path / "model-00002-of-00002.safetensors").unlink()
+        with pytest.raises(WeightsError, match=r"model-00002.*: missing shard"):
+            read_tensors(tmp_path)
+
+    def test_shard_without_its_tensor(self, tmp_path):
+        first = "model-00001-of-00002.safetensors"
+        write_shards(tmp_path, {"a.weight": first, "b.bias": first})
+        with pytest.raises(WeightsError, match=rf"{first}.*'b\.bias'"):
+            read_tensors(tmp_path)
+
+    @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "..", "", 7, None])
+    def test_index_that_points_elsewhere(self, tmp_path, shard):
+        write_shards(tmp_path, {"a.weight": shard})
+        with pytest.raises(WeightsError, match="not a file name"):
+            read_tensors(tmp_path)
+
+    @pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
+    def test_index_without_a_map(self, tmp_path, text):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(WeightsError, match="no weight_map"):
+            read_tensors(tmp_path)
+
+
+class TestJson:
+    def test_round_trip(self, tmp_path):
+        write_json(tmp_path / "deep" / "config.json", {"a": [1, 2.5, None, "é"]})
+        assert read_json(tmp_path / "deep" / "config.json") == {"a": [1, 2.5, None, "é"]}
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"{", "not valid JSON"),
+            (b"\xff\xfe", "not valid JSON"),
+            (b"[" * 10**6, "not valid JSON"),
+            (b"[1]", "JSON object, not a list"),
+        ],
+    )
+    def test_damaged(self, tmp_path, content, message):
+        path = tmp_path / "config.json"
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=rf"config\.json.*{message}"):
+            read_json(path)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(WeightsError, match=r"config\.json: no such file"):
+            read_json(tmp_path / "config.json")
+
+    def test_directory_in_its_place(self, tmp_path):
+        with pytest.raises(WeightsError, match="cannot be read"):
+            read_json(tmp_path)
+
+    def test_absurd_size(self, tmp_path):
+        path = tmp_path / "config.json"
+        with path.open("wb") as handle:
+            handle.truncate(2**40)  # sparse: takes no disk
+        with pytest.raises(WeightsError, match="larger than"):
+            read_json(path)
+
+
+class TestWritingIsAtomic:
+    def test_a_failure_leaves_the_old_file_and_nothing_else(self, tmp_path, monkeypatch):
+        write_tensors(tmp_path, TENSORS)
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_tensors(tmp_path, {"other": np.zeros(3)})
+        monkeypatch.undo()
+        assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+        assert_same(read_tensors(tmp_path))
+
+    def test_the_file_is_as_readable_as_any_other(self, tmp_path):
+        path = write_tensors(tmp_path, TENSORS)
+        (tmp_path / "other").touch()
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
