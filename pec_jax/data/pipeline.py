@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = object
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

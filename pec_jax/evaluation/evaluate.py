@@ -112,7 +112,7 @@ def summarise(scores: dict[str, np.ndarray], features: dict[str, np.ndarray]) ->
         per_prompt[f"diversity/vendi_{name}"] = metrics.vendi_score(value)
         unit = scale_features(jnp.asarray(value), "unit")
         per_prompt[f"diversity/variance_{name}"] = np.asarray(perceptual_variance(unit))
-    result = {}
+    result: dict[str, float] = {}
     for name, values in per_prompt.items():
         interval = metrics.bootstrap_interval(values, seed=0)
         result |= {

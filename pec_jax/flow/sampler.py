@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pec_jax.flow.transition import Kernel, get_kernel, log_prob, ode
 from pec_jax.types import Conditioning, PyTree, Trajectory
@@ -73,7 +74,7 @@ def sample(
     x_1: Array,
     conditioning: Conditioning,
     *,
-    sigmas: Array,
+    sigmas: Array | np.ndarray,
     kernel: str | Kernel,
     noise_level: float | Array,
     stochastic: Sequence[bool],
@@ -120,7 +121,7 @@ def sample_final(
     x_1: Array,
     conditioning: Conditioning,
     *,
-    sigmas: Array,
+    sigmas: Array | np.ndarray,
     kernel: str | Kernel,
     noise_level: float | Array,
     stochastic: Sequence[bool],
@@ -149,7 +150,7 @@ def sample_ode(
     x_1: Array,
     conditioning: Conditioning,
     *,
-    sigmas: Array,
+    sigmas: Array | np.ndarray,
 ) -> Array:
     """The final latents of the probability-flow ODE; diffusers' Euler sampler.
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -208,7 +209,9 @@ def policy_entropy(std: Array) -> Array:
     return 0.5 * (1.0 + _LOG_2PI) + jnp.log(std)
 
 
-def schedule_stds(sigmas: Array, kernel: str | Kernel, noise_level: float | Array) -> Array:
+def schedule_stds(
+    sigmas: Array | np.ndarray, kernel: str | Kernel, noise_level: float | Array
+) -> Array:
     """The std of every step of a schedule, e.g. s_t sqrt(-dt) for `flow_sde`.
 
     Args:

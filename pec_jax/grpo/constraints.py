@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from pec_jax.grpo.loss import clipped_surrogate, ratio_metrics
 
 Array = jax.Array
+Bound = float | Array
+Maybe = Any  # an Array, or None for a hook that comes too early to see it
 
 SPACES = ("perceptual", "latent")
 UNITS = ("raw", "reward_std")
@@ -37,15 +39,15 @@ class Signals(NamedTuple):
     """
 
     weight: Array  # []           lambda, traced
-    rewards: Array | None = None  # [P, K]
-    surprisal: Array | None = None  # [..., P, K] perceptual, nats per dimension
-    logp: Array | None = None  # [..., P, K] carries the gradient inside the losses
-    logp_old: Array | None = None  # [..., P, K]
-    ratio: Array | None = None  # [..., P, K] w, gradient stopped; None means 1
-    advantages: Array | None = None  # [..., P, K]
-    kl: Array | None = None  # [..., P, K] to the reference, carries the gradient
-    selected: Array | None = None  # [..., P, K] what `select` returned
-    key: Array | None = None  # for a `select` that draws at random
+    rewards: Maybe = None  # [P, K]
+    surprisal: Maybe = None  # [..., P, K] perceptual, nats per dimension
+    logp: Maybe = None  # [..., P, K] carries the gradient inside the losses
+    logp_old: Maybe = None  # [..., P, K]
+    ratio: Maybe = None  # [..., P, K] w, gradient stopped; None means 1
+    advantages: Maybe = None  # [..., P, K]
+    kl: Maybe = None  # [..., P, K] to the reference, carries the gradient
+    selected: Maybe = None  # [..., P, K] what `select` returned
+    key: Maybe = None  # for a `select` that draws at random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +86,13 @@ def add_surprisal(signals: Signals, options: Options) -> Array:
     return signals.rewards + group_weight(signals, options) * weighted
 
 
-def keep_bounds(signals: Signals, options: Options, low: float, high: float) -> tuple[float, float]:
+def keep_bounds(signals: Signals, options: Options, low: Bound, high: Bound) -> tuple[Bound, Bound]:
     """(e_low, e_high) as the config has them."""
     del signals, options
     return low, high
 
 
-def clipped_loss(
-    signals: Signals, options: Options, clip_low: float | Array, clip_high: float | Array
-) -> Array:
+def clipped_loss(signals: Signals, options: Options, clip_low: Bound, clip_high: Bound) -> Array:
     """PPO's clipped surrogate of each sample."""
     del options
     return clipped_surrogate(
@@ -129,9 +129,9 @@ class Constraint:
     needs_reference: bool = False  # fill Signals.kl
     needs_surprisal: bool = False  # fill Signals.surprisal
     shape_reward: Callable[[Signals, Options], Array] = keep_reward
-    clip_bounds: Callable[[Signals, Options, float, float], tuple[float, float]] = keep_bounds
+    clip_bounds: Callable[[Signals, Options, Bound, Bound], tuple[Bound, Bound]] = keep_bounds
     select: Callable[[Signals, Options], Array] | None = None
-    sample_loss: Callable[[Signals, Options, float, float], Array] = clipped_loss
+    sample_loss: Callable[[Signals, Options, Bound, Bound], Array] = clipped_loss
     extra_loss: Callable[[Signals, Options], Array] = no_extra_loss
     update_weight: Callable[[Signals, Options], Array] = keep_weight
 
@@ -161,8 +161,8 @@ def constrained_loss(
     constraint: Constraint,
     signals: Signals,
     options: Options,
-    clip_low: float | Array,
-    clip_high: float | Array,
+    clip_low: Bound,
+    clip_high: Bound,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of one micro-batch: the policy's, as the constraint has it, plus its extra term.
 
