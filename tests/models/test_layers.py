@@ -1,0 +1,275 @@
+"""Layers against torch and against closed forms."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+
+from pec_jax.models import layers
+
+KEY = jax.random.key(0)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def to_nchw(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+class TestAttention:
+    def test_equals_torch(self):
+        q, k, v = normal(1, 2, 5, 3, 8), normal(2, 2, 7, 3, 8), normal(3, 2, 7, 3, 8)
+        theirs = torch.nn.functional.scaled_dot_product_attention(
+            *(torch.from_numpy(a).transpose(1, 2) for a in (q, k, v))
+        ).transpose(1, 2)
+        np.testing.assert_allclose(layers.attention(q, k, v), theirs, atol=1e-6)
+
+    def test_bias_and_scale_equal_jax(self):
+        q, k, v = (normal(i, 2, 6, 3, 8) for i in range(3))
+        causal = jnp.where(jnp.tril(jnp.ones((6, 6), bool)), 0.0, -jnp.inf)[None, None]
+        bias = causal + normal(4, 1, 3, 6, 6)
+        ours = layers.attention(q, k, v, bias=bias, scale=0.3)
+        theirs = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=0.3)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+    def test_gradient_equals_that_of_a_plain_softmax(self):
+        q, k, v = (normal(i, 1, 4, 2, 4) for i in range(3))
+
+        def plain(q, k, v):
+            weights = jax.nn.softmax(jnp.einsum("nqhd,nkhd->nhqk", q, k) / 2.0, axis=-1)
+            return jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+
+        def loss(f):
+            return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(q, k, v)
+
+        for ours, theirs in zip(loss(layers.attention), loss(plain)):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+    def test_masked_keys_have_no_influence_and_no_gradient(self):
+        q, k, v = (normal(i, 1, 4, 2, 4) for i in range(3))
+        bias = jnp.array([0.0, 0.0, -jnp.inf, -jnp.inf])
+        grads = jax.grad(lambda k, v: layers.attention(q, k, v, bias=bias).sum(), (0, 1))(k, v)
+        for g in grads:
+            assert np.isfinite(g).all()
+            assert (np.asarray(g)[:, 2:] == 0).all()
+            assert np.abs(np.asarray(g)[:, :2]).max() > 0
+
+    def test_large_logits_stay_finite(self):
+        q = 1e3 * normal(0, 1, 3, 1, 4)
+        assert np.isfinite(layers.attention(q, q, q)).all()
+
+    def test_bf16_keeps_its_dtype(self):
+        q, k, v = (normal(i, 2, 6, 3, 8) for i in range(3))
+        low = layers.attention(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)))
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            low.astype(jnp.float32), layers.attention(q, k, v), atol=0.05, rtol=0.05
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("gelu", torch.nn.functional.gelu),
+        ("gelu_new", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        ("gelu_pytorch_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
+        ("relu", torch.relu),
+        ("silu", torch.nn.functional.silu),
+    ],
+)
+def test_activations_equal_torch(name, theirs):
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    np.testing.assert_allclose(layers.activation(name)(x), theirs(torch.from_numpy(x)), atol=2e-6)
+
+
+def test_unknown_activation_lists_the_known():
+    with pytest.raises(ValueError, match=r"'mish'.*quick_gelu"):
+        layers.activation("mish")
+
+
+@pytest.mark.parametrize("timestep", [0.0, 1.0, 17.5, 999.0])
+def test_sinusoidal_embedding_equals_diffusers(timestep):
+    theirs = get_timestep_embedding(
+        torch.tensor([timestep]), 256, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    ours = layers.sinusoidal_embedding(jnp.array([timestep]), 256)
+    # fp32 angles near 1000 differ in the last bit, 6e-5.
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+class TestDense:
+    def test_without_adapter_is_a_linear_layer(self):
+        x = normal(0, 2, 3, 4)
+        variables = nn.unbox(layers.Dense(5).init(KEY, x))
+        params = variables["params"]
+        params["bias"] = jnp.arange(5.0)
+        expected = x @ np.asarray(params["kernel"]) + np.arange(5.0)
+        np.testing.assert_allclose(layers.Dense(5).apply(variables, x), expected, atol=1e-6)
+
+    def test_adapter_adds_its_product(self):
+        x, a, b = normal(0, 2, 4), normal(1, 4, 2), normal(2, 2, 5)
+        variables = nn.unbox(layers.Dense(5).init(KEY, x))
+        base = layers.Dense(5).apply(variables, x)
+        adapted = layers.Dense(5).apply({**variables, "lora": {"a": a, "b": b}}, x)
+        np.testing.assert_allclose(adapted - base, x @ a @ b, atol=1e-5)
+
+    def test_parameters_are_fp32_and_named_whatever_the_compute_dtype(self):
+        dense = layers.Dense(5, dtype=jnp.bfloat16, kernel_axes=("embed", "heads"))
+        out, variables = dense.init_with_output(KEY, normal(0, 2, 4))
+        assert out.dtype == jnp.bfloat16
+        kernel = variables["params"]["kernel"]
+        assert kernel.names == ("embed", "heads")
+        assert kernel.value.dtype == jnp.float32
+        assert variables["params"]["bias"].names == ("heads",)
+
+
+class TestConvolutions:
+    @pytest.mark.parametrize(
+        ("strides", "padding"), [((1, 1), ((1, 1), (1, 1))), ((2, 2), ((0, 1), (0, 1)))]
+    )
+    def test_conv_equals_torch(self, strides, padding):
+        x, kernel, bias = normal(0, 2, 6, 8, 3), normal(1, 3, 3, 3, 5), normal(2, 5)
+        conv = layers.Conv(5, strides=strides, padding=padding)
+        ours = conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        padded = torch.nn.functional.pad(to_nchw(x), (*padding[1], *padding[0]))
+        theirs = torch.nn.functional.conv2d(
+            padded,
+            torch.from_numpy(kernel).permute(3, 2, 0, 1),
+            torch.from_numpy(bias),
+            stride=strides,
+        )
+        np.testing.assert_allclose(ours, nhwc(theirs), atol=1e-5)
+
+    def test_patch_conv_equals_a_strided_convolution(self):
+        x, kernel, bias = normal(0, 2, 4, 6, 3), normal(1, 2, 2, 3, 5), normal(2, 5)
+        ours = layers.PatchConv(5, 2).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        conv = layers.Conv(5, (2, 2), (2, 2), ((0, 0), (0, 0)))
+        theirs = conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+class TestNorms:
+    def test_layer_norm_equals_torch(self):
+        # A mean far from zero: E[x^2] - E[x]^2 would lose all digits here.
+        x, scale, bias = 1000 + normal(0, 2, 3, 8), normal(1, 8), normal(2, 8)
+        ours = layers.LayerNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+        theirs = torch.nn.functional.layer_norm(*map(torch.from_numpy, (x,)), (8,))
+        theirs = theirs * torch.from_numpy(scale) + torch.from_numpy(bias)
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+    def test_rms_norm_equals_torch(self):
+        x, scale = normal(0, 2, 3, 8), normal(1, 8)
+        ours = layers.RMSNorm(1e-6).apply({"params": {"scale": scale}}, x)
+        theirs = torch.nn.functional.rms_norm(
+            torch.from_numpy(x), (8,), torch.from_numpy(scale), 1e-6
+        )
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+    @pytest.mark.parametrize("groups", [1, 2, 8])
+    def test_group_norm_equals_torch(self, groups):
+        x, scale, bias = 5 + normal(0, 2, 4, 6, 8), normal(1, 8), normal(2, 8)
+        ours = layers.GroupNorm(groups).apply({"params": {"scale": scale, "bias": bias}}, x)
+        theirs = torch.nn.functional.group_norm(
+            to_nchw(x), groups, torch.from_numpy(scale), torch.from_numpy(bias), 1e-6
+        )
+        np.testing.assert_allclose(ours, nhwc(theirs), atol=1e-5)
+
+    @pytest.mark.parametrize("norm", [layers.LayerNorm, layers.RMSNorm])
+    def test_bf16_input_is_normalised_in_fp32(self, norm):
+        x = jnp.asarray(100 + normal(0, 2, 64), jnp.bfloat16)
+        module = norm(dtype=jnp.bfloat16)
+        variables = module.init(KEY, x)
+        low = module.apply(variables, x)
+        high = norm().apply(variables, x.astype(jnp.float32))
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
+
+
+class Step(nn.Module):
+    """x -> x + tanh(dense(x)) * t."""
+
+    @nn.compact
+    def __call__(self, x, t):
+        return x + jnp.tanh(layers.Dense(x.shape[-1], name="to_out.0")(x)) * t, None
+
+
+class TestRuns:
+    def test_a_run_equals_its_layers_in_sequence(self):
+        x = normal(0, 2, 4)
+        run = layers.scan_layers(Step, 3)(name="blocks.0:3")
+        variables = nn.unbox(run.init(KEY, x, 0.5))
+        kernel = variables["params"]["to_out.0"]["kernel"]
+        assert kernel.shape == (3, 4, 4)
+        assert not np.allclose(kernel[0], kernel[1])  # every layer draws its own
+        expected = x
+        for i in range(3):
+            layer = jax.tree.map(lambda a, i=i: a[i], variables)
+            expected, _ = Step().apply(layer, expected, 0.5)
+        np.testing.assert_allclose(run.apply(variables, x, 0.5)[0], expected, atol=1e-6)
+
+    @pytest.mark.parametrize("options", [{"remat": True}, {"unroll": 1}, {"unroll": 3}])
+    def test_remat_and_unroll_change_nothing(self, options):
+        x = normal(0, 2, 4)
+        plain = layers.scan_layers(Step, 3)()
+        other = layers.scan_layers(Step, 3, **options)()
+        variables = nn.unbox(plain.init(KEY, x, 0.5))
+        gradients = [
+            jax.jit(jax.grad(lambda v, m=m: m.apply(v, x, 0.5)[0].sum()))(variables)
+            for m in (plain, other)
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *gradients)
+        same = other.init(KEY, x, 0.5)
+        jax.tree.map(np.testing.assert_array_equal, nn.unbox(same), variables)
+
+    def test_stacked_parameters_name_the_layer_axis(self):
+        variables = layers.scan_layers(Step, 2)().init(KEY, normal(0, 2, 4), 0.5)
+        assert variables["params"]["to_out.0"]["kernel"].names == ("layers", "embed", "mlp")
+
+    def test_long_runs_stay_loops(self):
+        run = layers.scan_layers(Step, layers.CPU_UNROLL + 1)()
+        x = normal(0, 2, 4)
+        variables = run.init(KEY, x, 0.5)
+        lowered = jax.jit(run.apply).lower(variables, x, 0.5).as_text()
+        assert "stablehlo.while" in lowered
+
+    def test_names_of_a_run(self):
+        path = ["decoder", layers.run_name("blocks", 2, 4), "to_out.0"]
+        assert layers.expand_runs(path) == [
+            "decoder.blocks.2.to_out.0",
+            "decoder.blocks.3.to_out.0",
+        ]
+        assert layers.expand_runs(["a.0", "b"]) == ["a.0.b"]
+
+    def test_nested_runs_are_refused(self):
+        with pytest.raises(ValueError, match="nested"):
+            layers.expand_runs(["a.0:2", "b.0:2"])
+
+
+class TestConstrain:
+    def test_is_nothing_without_rules(self):
+        x = jnp.ones((2, 3, 4))
+        assert layers.constrain(x, "batch", "tokens", "embed") is x
+
+    def test_takes_effect_with_mesh_and_rules(self):
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        rules = [("batch", "data"), ("tokens", None), ("embed", None)]
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+            jaxpr = jax.make_jaxpr(lambda x: layers.constrain(x, "batch", "tokens", "embed"))(
+                jnp.ones((2, 3, 4))
+            )
+        [equation] = jaxpr.eqns
+        assert equation.primitive.name == "sharding_constraint"
+        spec = equation.params["sharding"].spec
+        assert tuple(spec) == ("data", None, None)
