@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from pec_jax.data import shapes
+from pec_jax.models.layers import Dense
 from pec_jax.pretraining.loop import write_atomically
 from pec_jax.weights import convert, tensors
 
@@ -69,6 +71,18 @@ def load(directory: Path, module: nn.Module, stem: str, *inputs: Any, **kwargs: 
     )
     variables = convert.from_torch(tensors.read_tensors(directory, stem=stem), abstract)
     return jax.tree.map(jnp.asarray, variables)
+
+
+def flat_dense(call: Callable, args: Any, kwargs: Any, context: Any) -> Array:
+    """For `nn.intercept_methods`: linear layers see [N L, D] instead of [N, L, D].
+
+    On CPU, XLA takes a weight's gradient over two contracted axes the slow way: a feed-forward
+    block of this size trains three times faster with one.
+    """
+    if not isinstance(context.module, Dense) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+    (x,) = args
+    return call(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,9 +1,11 @@
 """Stage `dino`: a vision transformer by self-distillation, without captions or labels.
 
 A student sees every crop, a teacher (the student's moving average) only the large ones; the
-student learns the teacher's output on the other crops. Sharpening and centring keep the teacher's
-output from collapsing (Caron et al. 2021, algorithm 1 and section 3.1). Colours are jittered but
-weakly, so that the features keep them.
+student learns the teacher's output on the other crops (Caron et al. 2021, algorithm 1). The
+teacher's outputs are centred by Sinkhorn-Knopp, which gives every prototype its equal share of
+each batch (Caron et al. 2020, section 3.1; used so in DINOv2): a running mean let these small
+networks collapse to two clusters, light and dark. Colours are jittered but weakly, so that the
+features keep them.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from pec_jax.pretraining.loop import Recipe, Session, fit
 
 Array = jax.Array
 
-BATCH = 64
+BATCH = 96
 GLOBAL_CROPS, LOCAL_CROPS = 2, 2
 GLOBAL_AREA, LOCAL_AREA = (0.6, 1.0), (0.25, 0.5)  # share of the image
-PROTOTYPES, BOTTLENECK = 256, 64
-STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
-CENTER_MOMENTUM = 0.95
+PROTOTYPES, BOTTLENECK = 128, 64
+STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.06
+SINKHORN_ROUNDS = 3
 NEIGHBOURS = 10
 RECIPE = Recipe(
-    "dino", steps=1200, learning_rate=1e-3, weight_decay=0.04, warmup=150, ema_decay=0.99
+    "dino", steps=1000, learning_rate=1e-3, weight_decay=0.04, warmup=150, ema_decay=0.99
 )
 
 
@@ -83,25 +85,42 @@ def apply_head(head: dict[str, Array], features: Array) -> Array:
     return common.normalise(x @ head["fc2"]) @ common.normalise(head["prototypes"].T).T
 
 
-def distillation_loss(student: Array, teacher: Array, center: Array) -> tuple[Array, Array]:
+def sinkhorn(logits: Array) -> Array:
+    """Soft assignments that use every prototype equally: rows sum to 1, columns to N / K.
+
+    Alternating normalisation of Q = exp(logits / tau_t).
+
+    Args:
+        logits: the teacher's [N, K].
+
+    Returns:
+        [N, K], rows summing to 1.
+
+    Source: Cuturi 2013; Caron et al. 2020, equation 4.
+    """
+    log_q = logits / TEACHER_TEMPERATURE
+    for _ in range(SINKHORN_ROUNDS):
+        log_q -= jax.scipy.special.logsumexp(log_q, axis=0, keepdims=True)
+        log_q -= jax.scipy.special.logsumexp(log_q, axis=1, keepdims=True)
+    return jnp.exp(log_q)
+
+
+def distillation_loss(student: Array, targets: Array) -> Array:
     """Cross-entropy of the student under the teacher over all pairs of different crops.
 
-    L = mean over s != t of -sum_k softmax((g_t - c) / tau_t)_k log softmax(g_s / tau_s)_k
+    L = mean over s != t of -sum_k q_tk log softmax(g_s / tau_s)_k
 
     Args:
         student: logits of all crops [C, N, K], the large ones first.
-        teacher: logits of the large crops [G, N, K].
-        center: running mean of the teacher's logits [K].
+        targets: the teacher's assignments q of the large crops [G, N, K].
 
     Returns:
-        The loss and the teacher's targets [G, N, K].
+        A scalar, nats.
     """
-    targets = jax.nn.softmax((teacher - center) / TEACHER_TEMPERATURE, axis=-1)
-    targets = jax.lax.stop_gradient(targets)
     log_probs = jax.nn.log_softmax(student / STUDENT_TEMPERATURE, axis=-1)
     nats = -jnp.einsum("gnk,snk->gs", targets, log_probs) / student.shape[1]
-    different = 1.0 - jnp.eye(teacher.shape[0], student.shape[0])
-    return jnp.sum(nats * different) / jnp.sum(different), targets
+    different = 1.0 - jnp.eye(targets.shape[0], student.shape[0])
+    return jnp.sum(nats * different) / jnp.sum(different)
 
 
 def draw(key: Array) -> Array:
@@ -117,7 +136,7 @@ def draw(key: Array) -> Array:
 
 
 def loss(params, ema, extra, crops, key):
-    """DINO's objective; `ema` is the teacher and `extra` its centre; see `loop.Loss`."""
+    """DINO's objective; `ema` is the teacher; see `loop.Loss`."""
     del key
     module = model()
 
@@ -126,16 +145,16 @@ def loss(params, ema, extra, crops, key):
         features = module.apply({"params": variables["vit"]}, flat)[:, 0]
         return apply_head(variables["head"], features).reshape(*pixels.shape[:2], -1)
 
-    teacher = jax.lax.stop_gradient(logits(ema, crops[:GLOBAL_CROPS]))
-    value, targets = distillation_loss(logits(params, crops), teacher, extra)
-    center = CENTER_MOMENTUM * extra + (1.0 - CENTER_MOMENTUM) * jnp.mean(teacher, axis=(0, 1))
+    teacher = logits(ema, crops[:GLOBAL_CROPS])
+    assigned = sinkhorn(teacher.reshape(-1, teacher.shape[-1])).reshape(teacher.shape)
+    targets = jax.lax.stop_gradient(assigned)
     mean = jnp.mean(targets, axis=(0, 1))
     metrics = {
         # Collapse shows as a marginal entropy near 0, or as targets as flat as the marginal.
         "marginal_entropy": -jnp.sum(mean * jnp.log(mean + 1e-9)),
         "target_entropy": -jnp.mean(jnp.sum(targets * jnp.log(targets + 1e-9), axis=-1)),
     }
-    return value, (metrics, center)
+    return distillation_loss(logits(params, crops), targets), (metrics, extra)
 
 
 def knn_accuracy(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -171,6 +190,6 @@ def run(session: Session) -> dict[str, Any]:
         ),
         "head": initial_head(head_key, skeleton.VIT["hidden_size"]),
     }
-    teacher = fit(session, RECIPE, loss, params, draw, extra=jnp.zeros(PROTOTYPES)).ema["vit"]
+    teacher = fit(session, RECIPE, loss, params, draw).ema["vit"]
     size = common.save(session.out / "encoders" / "dino", {"params": teacher}, "model")
     return evaluate(teacher, eval_key) | {"bytes": size}

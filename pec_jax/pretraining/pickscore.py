@@ -25,6 +25,7 @@ BATCH = 128  # pairs
 FAITHFULNESS = 3.0  # utility of having everything right that the caption names
 COLOR_TASTE = np.array([1.2, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0], np.float32)  # warm; red above all
 LARGE_TASTE, LIGHT_TASTE = 0.6, 0.4
+DECISIVENESS = 2.0  # P(first wins) = sigmoid(DECISIVENESS (u_1 - u_2))
 WRONG_IMAGES, WRONG_ATTRIBUTES = 0.4, 0.4  # share of images that err, and of what errs in them
 CONTRASTIVE_WEIGHT = 0.2
 RECIPE = Recipe("pickscore", steps=800, learning_rate=3e-4, weight_decay=0.01, warmup=50)
@@ -92,7 +93,7 @@ def draw_pairs(key: Array, n: int) -> dict[str, Array]:
         "images": jnp.stack(images),
         "own": common.augment(keys[8], own),
         "utilities": utilities,
-        "preference": jax.nn.sigmoid(utilities[0] - utilities[1]),
+        "preference": jax.nn.sigmoid(DECISIVENESS * (utilities[0] - utilities[1])),
     }
 
 

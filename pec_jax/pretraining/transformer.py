@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,8 @@ def make_loss(module: mmdit.MMDiT, buffers):
         variables = {"params": params, **buffers}
 
         def velocity(x_t, sigma, text):
-            return module.apply(variables, x_t, 1000.0 * sigma, text.tokens, text.pooled)
+            with nn.intercept_methods(common.flat_dense):
+                return module.apply(variables, x_t, 1000.0 * sigma, text.tokens, text.pooled)
 
         return flow_matching_loss(velocity, x_0, conditioning, key), ({}, extra)
 
