@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pec_jax import train_step as steps
@@ -117,16 +118,13 @@ def reinforce_gradient(world, state, batch, rollout):
 def test_the_gradient_is_that_of_reinforce(world, experience):
     state, batch, rollout = experience
     expected = reinforce_gradient(world, state, batch, rollout)
-    # Plain gradient descent of rate 1 and no clipping shows the gradient as a difference.
-    import optax
-
+    # An optimizer that only remembers shows the gradient itself.
     program = changed(world, grpo={"clip_low": 1e-9, "clip_high": 1e-9})
-    program = dataclasses.replace(program, optimizer=optax.sgd(1.0))
+    program = dataclasses.replace(program, optimizer=optax.trace(decay=0.0))
     state = initial_state(state.params, program.optimizer, 0.0)
     after, _ = run_update(program, world, state, batch, rollout)
-    found = jax.tree.map(lambda a, b: a - b, state.params, after.params)
-    # Differences of parameters of size 0.1 resolve 1e-8; the gradient is about 1e-3.
-    assert_close(found, expected, rtol=1e-4)
+    # Sums over 8 images of 256 latents in another order: a few units of fp32's 6e-8, amplified.
+    assert_close(after.opt_state.trace, expected, rtol=1e-4)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 1e-5
 
 
@@ -273,5 +271,7 @@ def test_full_fine_tuning_learns_every_weight():
     step = jax.jit(functools.partial(steps.train_step, world.program))
     after, metrics = step(state, world.frozen, world.train.gather([0, 1]), jax.random.key(0))
     assert float(metrics["policy/ratio_max_deviation"]) == 0.0
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True):
-        assert not np.array_equal(a, b)
+    same = jax.tree.map(np.array_equal, state.params, after.params)
+    still = [jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_leaves_with_path(same) if v]
+    # The last block gives no text tokens out, so that nothing asks for their queries.
+    assert still == ["['transformer_blocks.3:4']['attn']['add_q_proj']['bias']"]
