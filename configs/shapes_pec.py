@@ -12,6 +12,5 @@ from configs import shapes_grpo
 def get_config() -> ConfigDict:
     """Returns the config: shapes_grpo plus the constraint."""
     config = shapes_grpo.get_config()
-    config.constraint.update({"name": "pec", "weight": 0.1, "unit": "reward_std"})
-    config.perception.update({"estimator": "knn"})
+    config.constraint.update({"name": "pec", "weight": 3.0, "unit": "reward_std"})
     return config
