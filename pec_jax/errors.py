@@ -15,7 +15,9 @@ from absl import logging
 
 def quiet_libraries() -> None:
     """Shows INFO lines of this package only; libraries speak from WARNING on."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when tensorflow is imported
+    # Read when tensorflow is imported, which here only writes event files.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     logging.set_verbosity(logging.INFO)
     here = str(Path(__file__).parent)
 

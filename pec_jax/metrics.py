@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -127,10 +128,14 @@ class Progress:
     def __init__(self, total: int, start: int, shown: Sequence[str]):
         self._shown = shown
         self._total = total
-        self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True)
-        self._interactive = self._bar.fp.isatty() if hasattr(self._bar.fp, "isatty") else False
-        if not self._interactive:
-            self._bar.disable = True
+        self._interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            unit="it",
+            dynamic_ncols=True,
+            disable=not self._interactive,
+        )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the numbers of iteration `step`."""
