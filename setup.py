@@ -1,4 +1,4 @@
-"""The package. Each requirement has its reason beside it; tools are configured in pyproject.toml."""
+"""The package: each requirement with its reason. Tools are configured in pyproject.toml."""
 
 from pathlib import Path
 
