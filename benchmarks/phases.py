@@ -27,7 +27,7 @@ from pec_jax.train_step import rollout, score, train_step
 from pec_jax.update import update
 
 ROOT = Path(__file__).parents[1]
-_CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "shapes_pec.py"))
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to time.")
 _RUNS = flags.DEFINE_integer("runs", 20, "Timed runs of each phase.", lower_bound=1)
 
 
@@ -79,4 +79,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # for the configs
     quiet_libraries()
+    flags.mark_flag_as_required("config")
     app.run(main)
