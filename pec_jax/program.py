@@ -82,7 +82,8 @@ def bind(trainable: TrainableConfig, params: PyTree, transformer: PyTree) -> PyT
 def initial_state(
     params: PyTree, optimizer: optax.GradientTransformation, constraint_weight: float
 ) -> TrainState:
-    """The state of a run that has not begun."""
+    """The state of a run that has not begun; copies, for the step takes its buffers over."""
+    params = jax.tree.map(jnp.copy, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -123,10 +123,9 @@ def draw(
     request: Request, pipeline: Pipeline, variables: PyTree, noise: Array
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
-    texts = [p for p in request.prompts for _ in range(request.num_images)]
+    prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
     encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
     negative = jax.tree.map(lambda a: a[-1:], encoded)
-    index = [request.prompts.index(text) for text in texts]
     tokens = noise.shape[1] * noise.shape[2] // pipeline.transformer.config.patch_size**2
     sigmas = from_scheduler_config(pipeline.scheduler, request.num_steps, tokens)
     velocity = guided(assemble.velocity_function(pipeline), request.guidance, negative)
@@ -148,14 +147,14 @@ def draw(
         return latents, decode(vae, latents)
 
     variables, vae = jax.device_put((variables, pipeline.vae_variables))
-    size = min(request.batch_size, len(texts))
+    size = min(request.batch_size, len(prompt_of))
     batches = []
-    for start in tqdm(range(0, len(texts), size), unit="batch", desc="sampling"):
-        rows = np.arange(start, start + size) % len(texts)  # the last batch wraps around
-        conditioning = jax.tree.map(lambda a: a[np.asarray(index)[rows]], encoded)  # noqa: B023
+    for start in tqdm(range(0, len(prompt_of), size), unit="batch", desc="sampling"):
+        rows = np.arange(start, start + size) % len(prompt_of)  # the last batch wraps around
+        conditioning = jax.tree.map(lambda a: a[prompt_of[rows]], encoded)  # noqa: B023
         key = jax.random.fold_in(jax.random.key(request.seed + 1), start)
         batches.append(jax.device_get(draw_batch(variables, vae, noise[rows], conditioning, key)))
-    latents, images = (np.concatenate(parts)[: len(texts)] for parts in zip(*batches))
+    latents, images = (np.concatenate(parts)[: len(prompt_of)] for parts in zip(*batches))
     return latents, images
 
 

@@ -47,10 +47,6 @@ class Trajectory:
     logp: Array  # [T, N] log-density of x_next, mean over dimensions; 0 at ODE steps
     x_0: Array  # [N, h, w, C] the final latents
 
-    @property
-    def num_steps(self) -> int:
-        return self.x_t.shape[0]
-
 
 @struct.dataclass
 class Rollout:
