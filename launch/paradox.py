@@ -61,8 +61,8 @@ def measure(directory: Path) -> dict[str, float]:
         "variance kept": result[variance] / result[f"base/{variance}"],
         "attributes right, base": result["base/quality/attributes"],
         "attributes right": result["quality/attributes"],
-        # Analytic, hence constant by construction; the Monte-Carlo one, from the log-probs of the
-        # steps that were taken, is its witness, up to sampling noise.
+        # Analytic, hence constant by construction. The Monte-Carlo one is a witness of its value:
+        # the log-prob of a step that was just taken depends on its noise and its std alone.
         "policy entropy, range over the run": max(entropies) - min(entropies),
         "policy entropy by Monte-Carlo, first 10 iterations": float(np.mean(sampled[:10])),
         "policy entropy by Monte-Carlo, last 10 iterations": float(np.mean(sampled[-10:])),
