@@ -12,12 +12,12 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from pec_jax import assemble
+from pec_jax import assemble, generation
 from pec_jax import config as config_lib
+from pec_jax.assets import pipeline_directory
 from pec_jax.checkpoint import Checkpointer
 from pec_jax.errors import RunError
-from pec_jax.flow.sampler import guided, sample_final
-from pec_jax.flow.schedule import from_scheduler_config
+from pec_jax.flow.sampler import sample_final
 from pec_jax.metrics import image_grid, save_png, to_picture
 from pec_jax.program import bind, initial_state
 from pec_jax.types import Array, Conditioning, PyTree
@@ -39,12 +39,14 @@ class Request:
     height: int = 0
     width: int = 0
     num_steps: int = 28
-    guidance: float = 4.5
+    guidance: float | None = None  # None: what the kind of model is published with
     seed: int = 0
     sampler: str = "ode"
     noise_level: float = 0.7
     init_latents: str | None = None
     dtype: str = "float32"
+    variant: str = ""
+    t5_length: int = 0
     batch_size: int = 16
 
 
@@ -55,9 +57,17 @@ def run(request: Request, out: Path) -> None:
       ValueError, RunError, OSError: sentences for a person.
     """
     out.mkdir(parents=True, exist_ok=True)
-    root = assemble.model_directory(request.model)
-    pipeline = load_pipeline(root, jnp.dtype(request.dtype))
-    shape = assemble.latent_size(pipeline, request.height, request.width)
+    root = pipeline_directory(request.model, request.variant)
+    dtype = jnp.dtype(request.dtype)
+    pipeline = load_pipeline(
+        root,
+        dtype,
+        param_dtype=dtype,
+        t5_length=request.t5_length,
+        variant=request.variant,
+        sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
+    )
+    shape = generation.latent_size(pipeline, request.height, request.width)
     count = len(request.prompts) * request.num_images
     noise = initial_latents(request, count, shape)
     variables = pipeline.transformer_variables
@@ -126,10 +136,12 @@ def draw(
     prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
     encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
     negative = jax.tree.map(lambda a: a[-1:], encoded)
-    tokens = noise.shape[1] * noise.shape[2] // pipeline.transformer.config.patch_size**2
-    sigmas = from_scheduler_config(pipeline.scheduler, request.num_steps, tokens)
-    velocity = guided(assemble.velocity_function(pipeline), request.guidance, negative)
-    decode = assemble.decode_function(pipeline)
+    sigmas = generation.sigmas(pipeline, request.num_steps, *noise.shape[1:3])
+    guidance = request.guidance
+    if guidance is None:
+        guidance = generation.usual_guidance(pipeline)
+    velocity = generation.guide_function(pipeline)(guidance, negative)
+    decode = generation.decode_function(pipeline)
 
     @jax.jit
     def draw_batch(variables, vae, x_1: Array, conditioning: Conditioning, key: Array):

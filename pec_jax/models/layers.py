@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,14 @@ from jax.nn import initializers as init
 Array = jax.Array
 Initializer = Callable[..., Array]
 CPU_UNROLL = 4
+
+# What the backward pass finds stored, beside the inputs of each block. "dots" keeps the outputs of
+# the linear layers and computes attention, norms and activations again.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 RUN_NAME = re.compile(r"(.*)\.(\d+):(\d+)")  # a scanned run, see `run_name`
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -332,7 +341,7 @@ def expand_runs(path: Sequence[str]) -> list[str]:
 
 
 def scan_layers(
-    block: type[nn.Module], length: int, *, remat: bool = False, unroll: int | None = None
+    block: type[nn.Module], length: int, *, remat: str = "none", unroll: int | None = None
 ) -> type[nn.Module]:
     """A run of `length` equal blocks as one scan, so that the program does not grow with depth.
 
@@ -342,7 +351,7 @@ def scan_layers(
     Args:
         block: a module `block(carry, *broadcast) -> (carry, None)`.
         length: number of layers; parameters are stacked on axis 0, [length, ...].
-        remat: recompute a block's activations in the backward pass instead of storing them.
+        remat: what of a block's activations the backward pass computes again, of `REMAT`.
         unroll: layers a loop iteration; it changes speed only. By default all of them on CPU,
             up to CPU_UNROLL layers, else one.
 
@@ -351,8 +360,8 @@ def scan_layers(
     """
     if unroll is None:
         unroll = length if jax.default_backend() == "cpu" and length <= CPU_UNROLL else 1
-    if remat:
-        block = nn.remat(block, prevent_cse=False)
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
     return nn.scan(
         block,
         variable_axes={"params": 0, "lora": 0},
