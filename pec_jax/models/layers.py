@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import initializers as init
 
 Array = jax.Array
@@ -132,7 +133,10 @@ def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Arr
     Source: Vaswani et al. 2017, section 3.5; cosines first as SD3 has it.
     """
     half = dim // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    # An angle may be thousands of radians, so that the last bit of a frequency shows. These are
+    # those of fp32 exponents, as torch has them, without the error of an fp32 exponential.
+    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp((exponents / np.float32(half)).astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -101,7 +101,7 @@ def inputs(config: dict, height: int, width: int, length: int, batch: int = 2):
     rng = np.random.default_rng(0)
     arrays = (
         rng.normal(size=(batch, height, width, config["in_channels"])),
-        rng.uniform(0, 1000, size=(batch,)),
+        1000 * rng.integers(1, 1024, size=(batch,)) / 1024,  # exact after a division by 1000
         rng.normal(size=(batch, length, config["joint_attention_dim"])),
         rng.normal(size=(batch, config["pooled_projection_dim"])),
     )
