@@ -23,7 +23,7 @@ STEM = "model"
 BATCH = 256
 SECOND_TOWER_WEIGHT = 0.5
 MAX_LOG_SCALE = float(np.log(100.0))
-RECIPE = Recipe("clip", steps=1200, learning_rate=2e-3, weight_decay=0.05, warmup=100)
+RECIPE = Recipe("clip", steps=1500, learning_rate=2e-3, weight_decay=0.05, warmup=100)
 
 
 def model(directory) -> clip.CLIPModel:

@@ -30,11 +30,11 @@ POOL = 49152  # scenes encoded once; a step draws from them
 HELD_OUT = 2048  # of the pool, never trained on
 EMPTY = shapes.NUM_CAPTIONS  # row of the empty prompt in the table of text embeddings
 EMPTY_SHARE = 0.1
-SPECIFIED_SHARE = 0.3
-LOGIT_MEAN, LOGIT_STD = 0.7, 1.2  # towards noise, where the shifted sampler spends its steps
+SPECIFIED_SHARE = 0.5
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.2  # towards noise, where the shifted sampler spends its steps
 RECIPE = Recipe(
     "transformer",
-    steps=2400,
+    steps=6000,
     learning_rate=2e-3,
     weight_decay=0.01,
     warmup=200,
@@ -90,7 +90,7 @@ def draw_batch(pool: Pool, key: jax.Array, n: int) -> tuple[jax.Array, Condition
 
 
 def flow_matching_loss(velocity_fn, x_0: jax.Array, conditioning: Conditioning, key: jax.Array):
-    """mean |v(x_t, sigma, c) - (eps - x_0)|^2 with sigma = sigmoid(N(0.7, 1.2^2)).
+    """mean |v(x_t, sigma, c) - (eps - x_0)|^2 with sigma = sigmoid(N(0.4, 1.2^2)).
 
     Args:
         velocity_fn: (x_t, sigma [N], conditioning) -> velocity.
