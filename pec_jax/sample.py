@@ -16,8 +16,10 @@ _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
 )
 _VARIANT = flags.DEFINE_string("variant", "", "Of the weights' files, such as fp16.")
-_LORA = flags.DEFINE_string("lora", None, "A run directory whose newest checkpoint is applied.")
-_USE_EMA = flags.DEFINE_bool("use_ema", True, "With --lora: averaged parameters, not the last.")
+_LORA = flags.DEFINE_string(
+    "lora", None, "A run directory (its newest checkpoint), or a LoRA file of diffusers or PEFT."
+)
+_USE_EMA = flags.DEFINE_bool("use_ema", True, "Of a run: averaged parameters, not the last.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more prompts.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance steers away from.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Images a prompt.", lower_bound=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -12,15 +11,15 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from pec_jax import assemble, generation
-from pec_jax import config as config_lib
+from pec_jax import generation
 from pec_jax.assets import pipeline_directory
-from pec_jax.checkpoint import Checkpointer
 from pec_jax.errors import RunError
 from pec_jax.flow.sampler import sample_final
 from pec_jax.metrics import image_grid, save_png, to_picture
-from pec_jax.program import bind, initial_state
+from pec_jax.program import bind
+from pec_jax.runs import learned_params, run_config
 from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights.lora_files import read_lora
 from pec_jax.weights.pipeline import Pipeline, load_pipeline
 
 MAX_GRID_COLUMNS = 12
@@ -105,28 +104,27 @@ def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -
     return jnp.asarray(stored.transpose(0, 2, 3, 1))
 
 
-def learned_variables(run_directory: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
-    """The transformer's variables with what the newest checkpoint of a run has learned.
+def learned_variables(source: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
+    """The transformer's variables with what a run has learned, or with a LoRA file applied.
+
+    Args:
+      source: a run directory, or a LoRA that `read_lora` takes.
+      pipeline: the model it belongs to.
+      use_ema: of a run, the averaged parameters instead of the last ones.
 
     Raises:
-      RunError: the directory is not that of a run, or has no checkpoint.
-      CheckpointError: its checkpoints are damaged.
+      RunError: there is nothing, or a run without a checkpoint.
+      CheckpointError: the run's checkpoints are damaged.
+      WeightsError: the LoRA cannot be read, or is one of another model.
     """
-    path = run_directory.expanduser() / "config.json"
-    if not path.is_file():
-        raise RunError(f"{run_directory} is not a run directory: it has no config.json.")
-    config = config_lib.from_config_dict(json.loads(path.read_text(encoding="utf-8")))
-    params = assemble.trainable_params(config, pipeline)
-    expected = initial_state(params, assemble.make_optimizer(config), config.constraint.weight)
-    checkpointer = Checkpointer(path.parent / "checkpoints", keep=None)
-    try:
-        state = checkpointer.restore(expected)
-    finally:
-        checkpointer.close()
-    if state is None:
-        raise RunError(f"{run_directory} holds no checkpoint yet.")
-    learned = state.ema if use_ema else state.params
-    return bind(config.trainable, learned, pipeline.transformer_variables)
+    source, variables = source.expanduser(), pipeline.transformer_variables
+    if (source / "config.json").is_file():
+        config = run_config(source)
+        learned = learned_params(source, config, pipeline, use_ema=use_ema)
+        return bind(config.trainable, learned, variables)
+    if not source.exists():
+        raise RunError(f"{source} does not exist; it must be a run directory or a LoRA file.")
+    return {**variables, "lora": read_lora(source, variables["params"])}
 
 
 def draw(

@@ -188,9 +188,7 @@ def main(argv: list[str]) -> None:
     except json.JSONDecodeError as error:
         raise app.UsageError(f"--transformer is not JSON: {error}") from None
     with exit_with_sentence():
-        out = write_pipeline(
-            Path(_OUT.value).expanduser(), _FAMILY.value, config, seed=_SEED.value
-        )
+        out = write_pipeline(Path(_OUT.value).expanduser(), _FAMILY.value, config, seed=_SEED.value)
         print(f"{out}: try python -m pec_jax.sample --model={out} --prompt=... --out=...")
 
 

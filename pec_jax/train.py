@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from absl import logging
 from clu import parameter_overview, periodic_actions
+from jax.sharding import Mesh
 
 from pec_jax import config as config_lib
 from pec_jax import sharding

@@ -57,7 +57,7 @@ def test_an_interrupted_command_goes_on(stored, tmp_path):
     assert len(parts) == -(-len(EmbeddingStore(out)) // PART) > 1
     before = parts[0].stat().st_mtime_ns
     parts[1].unlink()
-    with pytest.raises(WeightsError, match="run pec_jax.embed again"):
+    with pytest.raises(WeightsError, match=r"run pec_jax\.embed again"):
         EmbeddingStore(out)
     run(out)
     assert parts[0].stat().st_mtime_ns == before
@@ -66,7 +66,9 @@ def test_an_interrupted_command_goes_on(stored, tmp_path):
 
 def test_bf16_halves_the_files(stored, tmp_path):
     run(tmp_path / "half", dtype="bfloat16")
-    sizes = [sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (stored, tmp_path / "half")]
+    sizes = [
+        sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (stored, tmp_path / "half")
+    ]
     assert sizes[1] < 0.51 * sizes[0]
     assert EmbeddingStore(tmp_path / "half").gather(np.array([0])).tokens.dtype == np.float32
 
@@ -75,7 +77,7 @@ class TestClearErrors:
     def test_a_prompt_that_was_not_embedded(self, stored, small_config):
         small_config.prompts.embeddings = str(stored)
         small_config.prompts.samples = ("a house",)
-        with pytest.raises(WeightsError, match="1 prompts are not embedded there, such as 'a house'"):
+        with pytest.raises(WeightsError, match="1 prompts are not embedded.*'a house'"):
             make_world(from_config_dict(small_config))
 
     def test_other_text_encoders(self, stored, small_config):

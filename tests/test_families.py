@@ -83,7 +83,13 @@ def test_what_was_learned_is_the_same_in_diffusers(run, tmp_path):
 
     exporting.run(directory, "lora", tmp_path / "lora")
     expected = diffusers_latents(
-        root, family, start, 32, 32, GUIDANCE, prepare=lambda p: p.load_lora_weights(tmp_path / "lora")
+        root,
+        family,
+        start,
+        32,
+        32,
+        GUIDANCE,
+        prepare=lambda p: p.load_lora_weights(tmp_path / "lora"),
     )
     assert np.abs(found - expected).max() < 1e-3 * expected.std()
 

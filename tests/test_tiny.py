@@ -141,9 +141,7 @@ def test_without_the_third_text_encoder_zeros_stand_in_its_place(tmp_path):
         root, text_encoder_3=None, tokenizer_3=None
     )
     with torch.no_grad():
-        tokens, _, pooled, _ = pipe.encode_prompt(
-            list(PROMPTS), None, None, max_sequence_length=9
-        )
+        tokens, _, pooled, _ = pipe.encode_prompt(list(PROMPTS), None, None, max_sequence_length=9)
     assert found.tokens.shape == tokens.shape
     assert np.abs(found.tokens - tokens.numpy()).max() < 1e-5
     assert np.abs(found.pooled - pooled.numpy()).max() < 1e-5

@@ -137,8 +137,10 @@ def write_store(
     missing = [number for number in numbers if not _part(directory, number).is_file()]
     for number in progress(missing):
         part = encode(prompts[number * PART : (number + 1) * PART])
-        arrays = {"tokens": part.tokens, "pooled": part.pooled}
-        arrays = {name: np.asarray(array).astype(dtype) for name, array in arrays.items()}
+        arrays = {
+            name: np.asarray(array).astype(dtype)
+            for name, array in (("tokens", part.tokens), ("pooled", part.pooled))
+        }
         write_tensors(directory, arrays, _part(directory, number).stem)
     return len(missing)
 

@@ -130,7 +130,9 @@ def from_scheduler_config(
     if not config.get("use_dynamic_shifting", False):
         if evenly:
             _check_num_steps(num_steps)
-            return _finish(_shift(np.linspace(1.0, 1.0 / num_steps, num_steps), config.get("shift", 1.0)))
+            return _finish(
+                _shift(np.linspace(1.0, 1.0 / num_steps, num_steps), config.get("shift", 1.0))
+            )
         return sd3_sigmas(
             num_steps, config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
         )

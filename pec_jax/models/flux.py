@@ -1,4 +1,4 @@
-"""The transformer of FLUX.1 (Black Forest Labs 2024): double-stream blocks, then single-stream ones.
+"""The transformer of FLUX.1 (Black Forest Labs 2024): blocks of two streams, then of one.
 
 It works on 2 x 2 patches of latents packed into channels, knows places by rotary embeddings of
 three axes (the first is unused in images), and, in its distilled form, takes the guidance scale
@@ -143,9 +143,7 @@ class SingleBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Array, conditioning: Array, rotation: dit.Rotation
-    ) -> tuple[Array, None]:
+    def __call__(self, x: Array, conditioning: Array, rotation: dit.Rotation) -> tuple[Array, None]:
         dim, dtype = x.shape[-1], self.dtype
         shift, scale, gate = dit.Modulation(3, dtype, name="norm")(conditioning)
         h = dit.modulate(x, shift, scale, dtype)

@@ -89,6 +89,6 @@ def _weight_patterns(root: Path, variant: str) -> list[str]:
         for name, entry in read_json(index).items()
         if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
     ]
-    # A repository often holds the same weights twice more, for other programs and in half precision.
+    # A repository often holds the same weights once more for other programs, in its root.
     weights = (f"*.{variant}*.safetensors",) if variant else (WEIGHTS,)
     return [*FILES, *(f"{part}/{pattern}" for part in parts for pattern in (*FILES, *weights))]

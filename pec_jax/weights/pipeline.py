@@ -284,9 +284,7 @@ def load_pipeline(
     """
     root = Path(directory)
     family = read_family(root)
-    scheduler = read_config(
-        root / "scheduler", family.parts["scheduler"], "scheduler_config.json"
-    )
+    scheduler = read_config(root / "scheduler", family.parts["scheduler"], "scheduler_config.json")
     read_config(root / "transformer", family.parts["transformer"])  # families are not mixed
     transformer, transformer_variables = load_transformer(
         root / "transformer",

@@ -67,7 +67,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in sorted(set(self._files.values())):
             with _open(path) as handle:
-                held = {name for name in handle.keys() if self._files.get(name) == path}
+                held = {name for name in handle.keys() if self._files.get(name) == path}  # noqa: SIM118
                 self._shapes |= {n: tuple(handle.get_slice(n).get_shape()) for n in held}
         for name, path in self._files.items():
             if name not in self._shapes:
@@ -163,8 +163,29 @@ def read_tensors(
     raise WeightsError(f"{directory}: holds no {expected}; is the download complete?")
 
 
+def read_file(path: Path) -> TensorFiles:
+    """Opens one safetensors file, whatever its name.
+
+    Raises:
+        WeightsError: missing, truncated or of another format.
+    """
+    return TensorFiles(path.parent, dict.fromkeys(_open(path).keys(), path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The notes in the header of a safetensors file, empty if there are none.
+
+    Raises:
+        WeightsError: missing, truncated or of another format.
+    """
+    return _open(path).metadata() or {}
+
+
 def write_tensors(
-    directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], stem: str = "model"
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    stem: str = "model",
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `STEM.safetensors`; the name appears only once all of it is on the disk.
 
@@ -172,6 +193,7 @@ def write_tensors(
         directory: created if absent.
         tensors: name -> array.
         stem: "model" (transformers) or "diffusion_pytorch_model" (diffusers).
+        metadata: notes for the file's header, beside that of its format.
 
     Returns:
         The file written.
@@ -184,7 +206,7 @@ def write_tensors(
 
     def write(temporary: Path) -> None:
         # transformers and diffusers refuse a file that does not say its tensors are torch's.
-        save_file(arrays, temporary, metadata={"format": "pt"})
+        save_file(arrays, temporary, metadata={"format": "pt", **(metadata or {})})
 
     replace_file(path, write)
     return path

@@ -31,7 +31,7 @@ def test_a_hub_id_must_be_pinned():
 
 def test_without_a_network():
     """The machine that runs the tests need not have one; where it has, there is no such model."""
-    with pytest.raises(WeightsError, match="cannot be reached|no such model"):
+    with pytest.raises(WeightsError, match=r"cannot be reached|no such model"):
         hub.model_directory(f"pec-jax-tests/no-such-model@{COMMIT}")
 
 

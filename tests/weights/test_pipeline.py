@@ -176,7 +176,6 @@ class TestLoad:
         with pytest.raises(WeightsError, match=rf"{shards[-1].name}: missing shard"):
             load_pipeline(copy, text=False)
 
-
     def test_a_variant_is_preferred_where_there_is_one(self, saved, copy):
         half = deepcopy(saved[1]).half()
         half.save_pretrained(copy / "transformer", variant="fp16", max_shard_size="20KB")
@@ -184,7 +183,8 @@ class TestLoad:
         ours = load_pipeline(copy, text=False, variant="fp16")
         whole = load_pipeline(copy, text=False)
         for a, b in zip(
-            jax.tree.leaves(ours.transformer_variables), jax.tree.leaves(whole.transformer_variables)
+            jax.tree.leaves(ours.transformer_variables),
+            jax.tree.leaves(whole.transformer_variables),
         ):
             np.testing.assert_array_equal(a, b.astype(np.float16).astype(np.float32))
         jax.tree.map(np.testing.assert_array_equal, ours.vae_variables, whole.vae_variables)
@@ -258,7 +258,10 @@ class TestClearErrors:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"_class_name": "OtherPipeline"}, "OtherPipeline; supported: StableDiffusion3Pipeline"),
+            (
+                {"_class_name": "OtherPipeline"},
+                "OtherPipeline; supported: StableDiffusion3Pipeline",
+            ),
             ({"_class_name": "FluxPipeline"}, "transformer is a SD3.*; supported: Flux"),
             ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "transformer is a Flux"),
             ({"vae": [None, None]}, "vae is absent"),
