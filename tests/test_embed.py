@@ -77,7 +77,7 @@ class TestClearErrors:
     def test_a_prompt_that_was_not_embedded(self, stored, small_config):
         small_config.prompts.embeddings = str(stored)
         small_config.prompts.samples = ("a house",)
-        with pytest.raises(WeightsError, match="1 prompts are not embedded.*'a house'"):
+        with pytest.raises(WeightsError, match=r"1 prompts are not embedded.*'a house'"):
             make_world(from_config_dict(small_config))
 
     def test_other_text_encoders(self, stored, small_config):

@@ -75,22 +75,21 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def _load_tower(
-    root: Path, part: str, class_name: str, length: int, dtype: jnp.dtype, variant: str
+    root: Path, part: str, class_name: str, t5_length: int, dtype: jnp.dtype, variant: str
 ) -> TextTower:
-    """One encoder and its tokenizer, cut to `length` tokens or what they take."""
+    """One encoder and its tokenizer; T5 has no length of its own."""
     tokenizer = load_tokenizer(root / part.replace("text_encoder", "tokenizer"))
     directory = root / part
     values = read_json(directory / "config.json")
     try:
         if class_name == "T5EncoderModel":
             module: Any = t5.T5Encoder(t5.T5Config.from_dict(values), dtype=dtype)
-            ignore = t5.IGNORED_TENSORS
+            ignore, length = t5.IGNORED_TENSORS, t5_length
         else:
             config = clip.CLIPTextConfig.from_dict(values)
             projected = class_name == "CLIPTextModelWithProjection"
             module = clip.CLIPTextModel(config, dtype=dtype, with_projection=projected)
-            ignore = clip.IGNORED_TENSORS
-            length = min(length, config.max_position_embeddings)
+            ignore, length = clip.IGNORED_TENSORS, config.max_position_embeddings
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise WeightsError(f"{directory / 'config.json'}: {error}") from error
     ids = np.zeros((1, 2), np.int32)
