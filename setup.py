@@ -18,6 +18,7 @@ INSTALL_REQUIRES = [
     "array_record>=0.8.3",  # the file format of those sources
     "transformers>=5.10,<6",  # tokenizers; older ones have remote-code holes
     "sentencepiece>=0.2.1,<0.3",  # T5's tokenizer
+    "huggingface_hub>=1.0,<3",  # models by hub id
     "safetensors>=0.6,<1",  # the only weight format that is read or written
     "numpy>=2.0",
     "pillow>=11",  # PNGs and sample grids

@@ -16,7 +16,18 @@ def get_config() -> ConfigDict:
     config.num_iterations = 100
 
     config.model = ConfigDict(
-        {"path": "shapes", "dtype": "float32", "height": 0, "width": 0, "remat": False}
+        {
+            "path": "shapes",
+            "variant": "",
+            "dtype": "float32",
+            "param_dtype": "float32",
+            "vae_dtype": "float32",
+            "encoder_dtype": "float32",
+            "t5_length": 0,
+            "height": 0,
+            "width": 0,
+            "remat": "none",
+        }
     )
     config.trainable = ConfigDict(
         {
@@ -38,7 +49,12 @@ def get_config() -> ConfigDict:
         }
     )
     config.prompts = ConfigDict(
-        {"train": "shapes/train_open", "heldout": "shapes/heldout_open", "samples": ()}
+        {
+            "train": "shapes/train_open",
+            "heldout": "shapes/heldout_open",
+            "embeddings": "",
+            "samples": (),
+        }
     )
     config.batch = ConfigDict(
         {"groups": 48, "group_size": 24, "micro_groups": 0, "decode_groups": 0}

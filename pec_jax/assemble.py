@@ -10,20 +10,22 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pec_jax import embedding, generation
+from pec_jax.assets import pipeline_directory, prompt_file
 from pec_jax.config import Config, ConfigError, unknown
-from pec_jax.data.embeddings import PromptTable
+from pec_jax.data.embeddings import Embeddings, PromptTable
 from pec_jax.data.prompts import Prompt, load_prompts
 from pec_jax.flow import schedule
-from pec_jax.flow.sampler import VelocityFn
 from pec_jax.flow.transition import KERNELS, schedule_stds
 from pec_jax.grpo.constraints import CONSTRAINTS, get_constraint
-from pec_jax.models import lora, vae
+from pec_jax.models import lora
 from pec_jax.perception.encoders import Encoder, load_encoder
 from pec_jax.perception.entropy import (
     ESTIMATORS,
@@ -34,9 +36,9 @@ from pec_jax.perception.entropy import (
 from pec_jax.program import Frozen, Program
 from pec_jax.rewards import base as rewards
 from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights.hub import model_directory
 from pec_jax.weights.pipeline import Pipeline, load_pipeline
 
-SHAPES_DIRECTORY = Path(__file__).parent / "assets" / "shapes"
 ENCODER_REWARDS = ("clip", "pickscore")  # rewards that look through the encoder of their name
 
 
@@ -58,28 +60,12 @@ class World:
     sample_prompts: list[Prompt]
 
 
-def model_directory(path: str) -> Path:
-    """`shapes` is the embedded pipeline; anything else is a directory."""
-    return SHAPES_DIRECTORY if path == "shapes" else Path(path).expanduser()
-
-
-def prompt_file(name: str) -> Path:
-    """`shapes/<set>` is an embedded prompt set unless such a file exists; else a file's path."""
-    embedded = SHAPES_DIRECTORY / "prompts" / f"{name.removeprefix('shapes/')}.txt"
-    if name.startswith("shapes/") and not Path(name).exists():
-        if not embedded.is_file():
-            raise ConfigError(
-                "config.prompts: "
-                + unknown(
-                    "prompt set", name, [f"shapes/{p.stem}" for p in embedded.parent.iterdir()]
-                )
-            )
-        return embedded
-    return Path(name).expanduser()
-
-
-def make_world(config: Config) -> World:
+def make_world(config: Config, sharding: Any = None) -> World:
     """Loads and builds everything; a mistake in the config is reported before anything is slow.
+
+    Args:
+      config: the run's.
+      sharding: where the weights of transformer and autoencoder go; None leaves them on the host.
 
     Raises:
       ConfigError: a name that does not exist, with those that do.
@@ -95,10 +81,13 @@ def make_world(config: Config) -> World:
     sampled = [Prompt(text, {}) for text in config.prompts.samples]
     prompts["samples"] = (sampled or prompts["heldout"])[: config.eval.sample_rows]
 
-    root = model_directory(config.model.path)
-    pipeline = load_pipeline(root, jnp.dtype(config.model.dtype), remat=config.model.remat)
+    root = pipeline_directory(config.model.path, config.model.variant)
+    pipeline = _load(config, root, sharding)
     encoders = {
-        name: load_encoder(path or root / "encoders" / name)
+        name: load_encoder(
+            model_directory(path) if path else root / "encoders" / name,
+            jnp.dtype(config.model.encoder_dtype),
+        )
         for name, path in config.encoders.items()
     }
     reward, reward_encoder = _make_rewards(
@@ -106,7 +95,8 @@ def make_world(config: Config) -> World:
     )
     all_rewards, all_reward_encoders = _make_rewards(config.rewards, encoders)
     program = _make_program(config, pipeline, encoders, reward, reward_encoder)
-    tables, negative = _encode(prompts, pipeline, all_rewards)
+    tables, negative = _encode(config, root, prompts, pipeline, all_rewards)
+    pipeline = dataclasses.replace(pipeline, text=None)  # its memory is wanted
     frozen = Frozen(
         transformer=pipeline.transformer_variables,
         vae=pipeline.vae_variables,
@@ -128,19 +118,45 @@ def make_world(config: Config) -> World:
     )
 
 
+def _load(config: Config, root: Path, sharding: Any) -> Pipeline:
+    model = config.model
+    return load_pipeline(
+        root,
+        jnp.dtype(model.dtype),
+        text=not config.prompts.embeddings,
+        t5_length=model.t5_length,
+        param_dtype=jnp.dtype(model.param_dtype),
+        vae_dtype=jnp.dtype(model.vae_dtype),
+        remat=model.remat,
+        variant=model.variant,
+        sharding=sharding,
+    )
+
+
 def _encode(
-    prompts: Mapping[str, list[Prompt]], pipeline: Pipeline, reward: rewards.CombinedReward
+    config: Config,
+    root: Path,
+    prompts: Mapping[str, list[Prompt]],
+    pipeline: Pipeline,
+    reward: rewards.CombinedReward,
 ) -> tuple[dict[str, PromptTable], Conditioning]:
-    """The tables of several prompt sets and the empty prompt, in one go: towers compile once."""
+    """The tables of several prompt sets and the empty prompt [1, ...], in one go."""
     every = [prompt for group in prompts.values() for prompt in group]
-    conditioning = pipeline.text.encode([*(p.text for p in every), ""])
+    texts = [*(prompt.text for prompt in every), embedding.NEGATIVE]
+    if config.prompts.embeddings:
+        embeddings: Embeddings = embedding.stored_embeddings(
+            config.prompts.embeddings, root, config.model.dtype, config.model.t5_length
+        )
+        rows = embeddings.rows(texts)
+    else:
+        embeddings, rows = embedding.encode(pipeline.text, texts)
     inputs = reward.prepare(every)
     tables, start = {}, 0
     for name, group in prompts.items():
-        rows = slice(start, start + len(group))
-        tables[name] = PromptTable(*jax.tree.map(lambda a: a[rows], (conditioning, inputs)))  # noqa: B023
+        part = slice(start, start + len(group))
+        tables[name] = PromptTable(embeddings, rows[part], jax.tree.map(lambda a: a[part], inputs))  # noqa: B023
         start += len(group)
-    return tables, jax.tree.map(lambda a: a[-1:], conditioning)
+    return tables, embeddings.gather(rows[-1:])
 
 
 def _check_names(config: Config) -> None:
@@ -178,17 +194,16 @@ def _make_program(
     reward_encoder: dict[str, str],
 ) -> Program:
     sampler = config.sampler
-    latent_shape = latent_size(pipeline, config.model.height, config.model.width)
-    num_tokens = latent_shape[0] * latent_shape[1] // pipeline.transformer.config.patch_size**2
-    sigmas = schedule.from_scheduler_config(pipeline.scheduler, sampler.num_steps, num_tokens)
+    latent_shape = generation.latent_size(pipeline, config.model.height, config.model.width)
+    sigmas = generation.sigmas(pipeline, sampler.num_steps, *latent_shape[:2])
     stochastic = schedule.stochastic_steps(
         sampler.num_steps, sampler.window or None, sampler.train_fraction
     )
     stds = schedule_stds(sigmas, sampler.kernel, sampler.noise_level)
     return Program(
         config=config,
-        velocity_fn=velocity_function(pipeline),
-        decode=decode_function(pipeline),
+        guide=generation.guide_function(pipeline),
+        decode=generation.decode_function(pipeline),
         features={name: encoder.image_features for name, encoder in encoders.items()},
         surprisal=surprisal_function(config, stds[np.flatnonzero(stochastic)]),
         reward=reward,
@@ -199,28 +214,6 @@ def _make_program(
         stochastic=stochastic,
         latent_shape=latent_shape,
     )
-
-
-def velocity_function(pipeline: Pipeline) -> VelocityFn:
-    """The transformer as v(variables, x_t [N, h, w, C], sigma, conditioning) -> [N, h, w, C]."""
-    module = pipeline.transformer
-
-    def velocity(variables: PyTree, x_t: Array, sigma: Array, conditioning: Conditioning) -> Array:
-        timestep = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32) * 1000.0, x_t.shape[:1])
-        return module.apply(variables, x_t, timestep, conditioning.tokens, conditioning.pooled)
-
-    return velocity
-
-
-def decode_function(pipeline: Pipeline) -> Callable[[PyTree, Array], Array]:
-    """The decoder as (variables, latents [N, h, w, C]) -> images [N, H, W, 3] in [0, 1]."""
-
-    def decode(variables: PyTree, latents: Array) -> Array:
-        latents = vae.unscale_latents(pipeline.vae.config, latents)
-        images = pipeline.vae.apply(variables, latents, method="decode")
-        return jnp.clip(images.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
-
-    return decode
 
 
 def surprisal_function(config: Config, step_std: Array) -> Callable[[Array], Array]:
@@ -235,24 +228,6 @@ def surprisal_function(config: Config, step_std: Array) -> Callable[[Array], Arr
         get_estimator(perception.estimator), **options[perception.estimator]
     )
     return lambda features: estimate(scale_features(features, perception.scale))
-
-
-def latent_size(pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
-    """(h, w, C) of the latents of an image; 0 takes the pipeline's own size.
-
-    Raises:
-      ConfigError: if the size is not a whole number of patches.
-    """
-    height, width = height or pipeline.default_size, width or pipeline.default_size
-    unit = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    for name, size in (("height", height), ("width", width)):
-        if size % unit:
-            near = max(unit, round(size / unit) * unit)
-            raise ConfigError(
-                f"{name} is {size} pixels; this model takes multiples of {unit}, such as {near}."
-            )
-    factor = pipeline.vae_scale_factor
-    return height // factor, width // factor, pipeline.latent_channels
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

@@ -23,11 +23,16 @@ class ConfigError(ValueError):
 class ModelConfig:
     """Which pipeline is fine-tuned, and at which image size."""
 
-    path: str  # "shapes" (the embedded default) or a diffusers directory
-    dtype: str  # compute dtype of the transformer: float32 | bfloat16
+    path: str  # "shapes" (the embedded default), a diffusers directory, or a hub id @ revision
+    variant: str  # of the weights' files, such as fp16; "" is the plain one
+    dtype: str  # in which transformer and text encoders compute: float32 | bfloat16
+    param_dtype: str  # in which the frozen transformer is kept
+    vae_dtype: str  # in which images are decoded
+    encoder_dtype: str  # of rewards' and perception's encoders
+    t5_length: int  # tokens T5 sees; 0 is diffusers' choice (SD3 256, FLUX 512)
     height: int  # pixels; 0 takes the pipeline's own size
     width: int
-    remat: bool  # recompute each block's activations in the backward pass
+    remat: str  # none | full | dots: what of a block the backward pass computes again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,7 @@ class PromptsConfig:
 
     train: str
     heldout: str
+    embeddings: str  # directory made by `pec_jax.embed`; "" encodes the prompts at the start
     samples: tuple[str, ...]  # prompts of the sample grids; () takes the first held-out ones
 
 
@@ -273,6 +279,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.vae_dtype": ("float32", "bfloat16"),
+    "model.encoder_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots"),
     "trainable.mode": ("lora", "full"),
     "sampler.storage_dtype": ("float32", "bfloat16"),
     "perception.scale": ("unit", "unit_sqrt_d"),
@@ -285,6 +295,7 @@ _CHOICES = {
 # field -> (lowest allowed, highest allowed or None)
 _RANGES = {
     "num_iterations": (0, None),
+    "model.t5_length": (0, 512),
     "model.height": (0, 8192),
     "model.width": (0, 8192),
     "trainable.rank": (1, 4096),

@@ -12,8 +12,8 @@ import optax
 from flax import struct
 
 from pec_jax.config import Config, TrainableConfig
-from pec_jax.flow.sampler import VelocityFn
 from pec_jax.flow.transition import schedule_stds
+from pec_jax.generation import Guide
 from pec_jax.grpo.constraints import Constraint
 from pec_jax.models import lora
 from pec_jax.rewards.base import CombinedReward
@@ -43,7 +43,7 @@ class Program:
     """The static half of a train step."""
 
     config: Config
-    velocity_fn: VelocityFn  # (variables, x_t [N, h, w, C], sigma, conditioning) -> velocity
+    guide: Guide  # (guidance scale, negative conditioning) -> velocity function
     decode: Callable[[PyTree, Array], Array]  # (vae, latents [N, h, w, C]) -> [N, H, W, 3]
     features: dict[str, Callable[[PyTree, Array], Array]]  # encoder -> images [N, ...] -> [N, d]
     surprisal: Callable[[Array], Array]  # raw features [P, K, d] -> [P, K]

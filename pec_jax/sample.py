@@ -12,16 +12,26 @@ from absl import app, flags
 
 from pec_jax.errors import exit_with_sentence, quiet_libraries
 
-_MODEL = flags.DEFINE_string("model", "shapes", "Pipeline directory; `shapes` is the embedded one.")
-_LORA = flags.DEFINE_string("lora", None, "A run directory whose newest checkpoint is applied.")
-_USE_EMA = flags.DEFINE_bool("use_ema", True, "With --lora: averaged parameters, not the last.")
+_MODEL = flags.DEFINE_string(
+    "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
+)
+_VARIANT = flags.DEFINE_string("variant", "", "Of the weights' files, such as fp16.")
+_LORA = flags.DEFINE_string(
+    "lora", None, "A run directory (its newest checkpoint), or a LoRA file of diffusers or PEFT."
+)
+_USE_EMA = flags.DEFINE_bool("use_ema", True, "Of a run: averaged parameters, not the last.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more prompts.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance steers away from.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Images a prompt.", lower_bound=1)
 _HEIGHT = flags.DEFINE_integer("height", 0, "Pixels; 0 is the model's own size.", lower_bound=0)
 _WIDTH = flags.DEFINE_integer("width", 0, "Pixels; 0 is the model's own size.", lower_bound=0)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 28, "Sampler steps.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 4.5, "Classifier-free guidance; 1 is off.")
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Guidance scale, 1 is off; by default 4.5 for SD3 and 3.5 for FLUX.1-dev."
+)
+_T5_LENGTH = flags.DEFINE_integer(
+    "t5_length", 0, "Tokens T5 sees; 0 is diffusers' choice (SD3 256, FLUX 512).", lower_bound=0
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the initial latents and the sampler's noise.")
 _SAMPLER = flags.DEFINE_enum(
     "sampler", "ode", ["ode", "flow_sde", "dance_sde", "cps"], "Transition kernel."
@@ -62,6 +72,8 @@ def main(argv: list[str]) -> None:
                 noise_level=_NOISE_LEVEL.value,
                 init_latents=_INIT_LATENTS.value,
                 dtype=_DTYPE.value,
+                variant=_VARIANT.value,
+                t5_length=_T5_LENGTH.value,
                 batch_size=_BATCH_SIZE.value,
             ),
             Path(_OUT.value).expanduser(),

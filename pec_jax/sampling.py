@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -12,15 +11,15 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from pec_jax import assemble
-from pec_jax import config as config_lib
-from pec_jax.checkpoint import Checkpointer
+from pec_jax import generation
+from pec_jax.assets import pipeline_directory
 from pec_jax.errors import RunError
-from pec_jax.flow.sampler import guided, sample_final
-from pec_jax.flow.schedule import from_scheduler_config
+from pec_jax.flow.sampler import sample_final
 from pec_jax.metrics import image_grid, save_png, to_picture
-from pec_jax.program import bind, initial_state
+from pec_jax.program import bind
+from pec_jax.runs import learned_params, run_config
 from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights.lora_files import read_lora
 from pec_jax.weights.pipeline import Pipeline, load_pipeline
 
 MAX_GRID_COLUMNS = 12
@@ -39,12 +38,14 @@ class Request:
     height: int = 0
     width: int = 0
     num_steps: int = 28
-    guidance: float = 4.5
+    guidance: float | None = None  # None: what the kind of model is published with
     seed: int = 0
     sampler: str = "ode"
     noise_level: float = 0.7
     init_latents: str | None = None
     dtype: str = "float32"
+    variant: str = ""
+    t5_length: int = 0
     batch_size: int = 16
 
 
@@ -55,9 +56,17 @@ def run(request: Request, out: Path) -> None:
       ValueError, RunError, OSError: sentences for a person.
     """
     out.mkdir(parents=True, exist_ok=True)
-    root = assemble.model_directory(request.model)
-    pipeline = load_pipeline(root, jnp.dtype(request.dtype))
-    shape = assemble.latent_size(pipeline, request.height, request.width)
+    root = pipeline_directory(request.model, request.variant)
+    dtype = jnp.dtype(request.dtype)
+    pipeline = load_pipeline(
+        root,
+        dtype,
+        param_dtype=dtype,
+        t5_length=request.t5_length,
+        variant=request.variant,
+        sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
+    )
+    shape = generation.latent_size(pipeline, request.height, request.width)
     count = len(request.prompts) * request.num_images
     noise = initial_latents(request, count, shape)
     variables = pipeline.transformer_variables
@@ -95,28 +104,27 @@ def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -
     return jnp.asarray(stored.transpose(0, 2, 3, 1))
 
 
-def learned_variables(run_directory: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
-    """The transformer's variables with what the newest checkpoint of a run has learned.
+def learned_variables(source: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
+    """The transformer's variables with what a run has learned, or with a LoRA file applied.
+
+    Args:
+      source: a run directory, or a LoRA that `read_lora` takes.
+      pipeline: the model it belongs to.
+      use_ema: of a run, the averaged parameters instead of the last ones.
 
     Raises:
-      RunError: the directory is not that of a run, or has no checkpoint.
-      CheckpointError: its checkpoints are damaged.
+      RunError: there is nothing, or a run without a checkpoint.
+      CheckpointError: the run's checkpoints are damaged.
+      WeightsError: the LoRA cannot be read, or is one of another model.
     """
-    path = run_directory.expanduser() / "config.json"
-    if not path.is_file():
-        raise RunError(f"{run_directory} is not a run directory: it has no config.json.")
-    config = config_lib.from_config_dict(json.loads(path.read_text(encoding="utf-8")))
-    params = assemble.trainable_params(config, pipeline)
-    expected = initial_state(params, assemble.make_optimizer(config), config.constraint.weight)
-    checkpointer = Checkpointer(path.parent / "checkpoints", keep=None)
-    try:
-        state = checkpointer.restore(expected)
-    finally:
-        checkpointer.close()
-    if state is None:
-        raise RunError(f"{run_directory} holds no checkpoint yet.")
-    learned = state.ema if use_ema else state.params
-    return bind(config.trainable, learned, pipeline.transformer_variables)
+    source, variables = source.expanduser(), pipeline.transformer_variables
+    if (source / "config.json").is_file():
+        config = run_config(source)
+        learned = learned_params(source, config, pipeline, use_ema=use_ema)
+        return bind(config.trainable, learned, variables)
+    if not source.exists():
+        raise RunError(f"{source} does not exist; it must be a run directory or a LoRA file.")
+    return {**variables, "lora": read_lora(source, variables["params"])}
 
 
 def draw(
@@ -126,10 +134,12 @@ def draw(
     prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
     encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
     negative = jax.tree.map(lambda a: a[-1:], encoded)
-    tokens = noise.shape[1] * noise.shape[2] // pipeline.transformer.config.patch_size**2
-    sigmas = from_scheduler_config(pipeline.scheduler, request.num_steps, tokens)
-    velocity = guided(assemble.velocity_function(pipeline), request.guidance, negative)
-    decode = assemble.decode_function(pipeline)
+    sigmas = generation.sigmas(pipeline, request.num_steps, *noise.shape[1:3])
+    guidance = request.guidance
+    if guidance is None:
+        guidance = generation.usual_guidance(pipeline)
+    velocity = generation.guide_function(pipeline)(guidance, negative)
+    decode = generation.decode_function(pipeline)
 
     @jax.jit
     def draw_batch(variables, vae, x_1: Array, conditioning: Conditioning, key: Array):

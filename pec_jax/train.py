@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from absl import logging
 from clu import parameter_overview, periodic_actions
+from jax.sharding import Mesh
 
 from pec_jax import config as config_lib
 from pec_jax import sharding
@@ -49,8 +50,9 @@ def train(
     config = config_lib.from_config_dict(config_dict)
     directory = prepare_directory(Path(workdir).expanduser(), config, allow_config_change)
     logging.info("Loading models and encoding prompts ...")
-    world = make_world(config)
-    run = _Run(world, directory)
+    mesh = sharding.make_mesh(config)
+    world = make_world(config, sharding.replicated(mesh))
+    run = _Run(world, directory, mesh)
     with _stop_on_signal() as stop:
         return run.loop(stop)
 
@@ -85,10 +87,10 @@ def prepare_directory(
 class _Run:
     """One process's share of a run: the compiled step and everything around it."""
 
-    def __init__(self, world: World, directory: Path):
+    def __init__(self, world: World, directory: Path, mesh: Mesh):
         config = world.config
         self._world, self._config, self._directory = world, config, directory
-        self._mesh = sharding.make_mesh(config)
+        self._mesh = mesh
         self._frozen = sharding.put_replicated(world.frozen, self._mesh)
         self._key = sharding.put_replicated(stream_key(config, TRAIN_STREAM), self._mesh)
         self._stream = PromptStream(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pec_jax.data.pipeline import repeat_groups
-from pec_jax.flow.sampler import guided, sample
+from pec_jax.flow.sampler import sample
 from pec_jax.flow.transition import policy_entropy
 from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.program import Frozen, Program, bind
@@ -52,7 +52,7 @@ def rollout(
     count = batch.prompt_ids.shape[0] * size
     x_1 = jax.random.normal(jax.random.fold_in(key, 0), (count, *program.latent_shape))
     return sample(
-        guided(program.velocity_fn, sampler.guidance, frozen.negative),
+        program.guide(sampler.guidance, frozen.negative),
         bind(program.config.trainable, params, frozen.transformer),
         x_1,
         conditioning,

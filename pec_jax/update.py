@@ -13,7 +13,7 @@ from flax import struct
 
 from pec_jax.config import Config
 from pec_jax.data.pipeline import repeat_groups
-from pec_jax.flow.sampler import guided, step_log_prob
+from pec_jax.flow.sampler import step_log_prob
 from pec_jax.flow.transition import gaussian_kl
 from pec_jax.grpo.advantage import group_advantages, probabilities
 from pec_jax.grpo.constraints import Options, Signals, constrained_loss
@@ -132,7 +132,7 @@ def _step_log_prob(program: Program, variables: PyTree, frozen: Frozen, micro: _
     """(logp [n], mean, std) of one micro-batch under `variables`."""
     sampler, size = program.config.sampler, program.config.batch.group_size
     return step_log_prob(
-        guided(program.velocity_fn, sampler.guidance, frozen.negative),
+        program.guide(sampler.guidance, frozen.negative),
         variables,
         micro.x_t,
         micro.x_next,

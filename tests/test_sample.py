@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from pec_jax import sampling
-from pec_jax.assemble import SHAPES_DIRECTORY
+from pec_jax.assets import SHAPES_DIRECTORY
 from pec_jax.models import vae
 from pec_jax.weights.pipeline import load_pipeline
 

@@ -98,7 +98,7 @@ def reinforce_gradient(world, state, batch, rollout):
         total = 0.0
         for t in program.trained_steps:
             logp, _, _ = step_log_prob(
-                program.velocity_fn,
+                program.guide(program.config.sampler.guidance, world.frozen.negative),
                 variables,
                 trajectory.x_t[t],
                 trajectory.x_next[t],
@@ -168,7 +168,7 @@ def test_the_groups_of_a_rollout_belong_to_their_prompts(world, experience):
     program = changed(world, sampler={"noise_level": 0.0})
     program = dataclasses.replace(
         program,
-        velocity_fn=lambda variables, x, sigma, c: x * 0 + c.pooled.mean(-1)[:, None, None, None],
+        guide=lambda *_: lambda _, x, sigma, c: x * 0 + c.pooled.mean(-1)[:, None, None, None],
     )
     trajectory = steps.rollout(program, state.params, world.frozen, batch, jax.random.key(2))
     moved = np.asarray(trajectory.x_0 - trajectory.x_t[0])

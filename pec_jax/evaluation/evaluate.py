@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax import generation
 from pec_jax.assemble import World
 from pec_jax.data.embeddings import PromptTable
 from pec_jax.data.pipeline import repeat_groups
 from pec_jax.evaluation import metrics
-from pec_jax.flow.sampler import guided, sample_ode
-from pec_jax.flow.schedule import from_scheduler_config
+from pec_jax.flow.sampler import sample_ode
 from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.program import Frozen, bind
 from pec_jax.rewards.base import as_8bit
@@ -34,14 +34,12 @@ from pec_jax.types import Array, Batch, PyTree
 def image_function(world: World, num_images: int) -> Callable[..., Array]:
     """(params, frozen, batch, key) -> images [P, num_images, H, W, 3] in [0, 1], by the ODE."""
     program, config = world.program, world.config.eval
-    h, w, _ = program.latent_shape
-    tokens = h * w // world.pipeline.transformer.config.patch_size**2
-    sigmas = from_scheduler_config(world.pipeline.scheduler, config.num_steps, tokens)
+    sigmas = generation.sigmas(world.pipeline, config.num_steps, *program.latent_shape[:2])
 
     def draw(params: PyTree, frozen: Frozen, batch: Batch, key: Array) -> Array:
         num_prompts = batch.prompt_ids.shape[0]
         latents = sample_ode(
-            guided(program.velocity_fn, config.guidance, frozen.negative),
+            program.guide(config.guidance, frozen.negative),
             bind(program.config.trainable, params, frozen.transformer),
             jax.random.normal(key, (num_prompts * num_images, *program.latent_shape)),
             repeat_groups(batch.conditioning, num_images),

@@ -91,7 +91,11 @@ def flux_sigmas(
 
 
 def from_scheduler_config(
-    config: Mapping[str, Any], num_steps: int, num_image_tokens: int | None = None
+    config: Mapping[str, Any],
+    num_steps: int,
+    num_image_tokens: int | None = None,
+    *,
+    evenly: bool = False,
 ) -> np.ndarray:
     """The schedule that a pipeline's scheduler_config.json describes.
 
@@ -100,6 +104,8 @@ def from_scheduler_config(
             SD3's.
         num_steps: T, at least 1.
         num_image_tokens: needed where the shift depends on the image's size.
+        evenly: as FLUX's pipeline has it, the last step before the shift starts at 1 / T, and not
+            at the smallest sigma of training. The shift by size implies it.
 
     Returns:
         [T + 1] float32 from 1 down to 0.
@@ -122,6 +128,11 @@ def from_scheduler_config(
                 f"use a scheduler with {option}={inert!r}."
             )
     if not config.get("use_dynamic_shifting", False):
+        if evenly:
+            _check_num_steps(num_steps)
+            return _finish(
+                _shift(np.linspace(1.0, 1.0 / num_steps, num_steps), config.get("shift", 1.0))
+            )
         return sd3_sigmas(
             num_steps, config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
         )

@@ -204,12 +204,11 @@ class CLIPEncoder(nn.Module):
 
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None = None) -> tuple[Array, Array]:
         depth = self.config.num_hidden_layers
-        run = scan_layers(CLIPEncoderLayer, depth, remat=self.remat)
+        run = scan_layers(CLIPEncoderLayer, depth)
         layers = run(self.config, self.dtype, name=run_name("layers", 0, depth))
         carry, _ = layers((x, x), bias)
         return carry
@@ -238,7 +237,6 @@ class CLIPTextTower(nn.Module):
 
     config: CLIPTextConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, token_ids: Array) -> CLIPTextOutput:
@@ -247,7 +245,7 @@ class CLIPTextTower(nn.Module):
         x = constrain(x, "batch", "tokens", "embed")
         length = token_ids.shape[-1]
         causal = jnp.where(jnp.tri(length, dtype=bool), 0.0, -jnp.inf)  # [L, L]
-        penultimate, x = CLIPEncoder(c, self.dtype, self.remat, name="encoder")(x, causal)
+        penultimate, x = CLIPEncoder(c, self.dtype, name="encoder")(x, causal)
         last = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
         ids = token_ids if c.eos_token_id == LEGACY_EOS_TOKEN_ID else token_ids == c.eos_token_id
         end = jnp.argmax(ids, axis=-1)  # [N] the first of equals
@@ -292,7 +290,6 @@ class CLIPVisionTower(nn.Module):
 
     config: CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
@@ -300,7 +297,7 @@ class CLIPVisionTower(nn.Module):
         x = CLIPVisionEmbeddings(c, self.dtype, name="embeddings")(pixels)
         x = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)
         x = constrain(x, "batch", "tokens", "embed")
-        _, x = CLIPEncoder(c, self.dtype, self.remat, name="encoder")(x)
+        _, x = CLIPEncoder(c, self.dtype, name="encoder")(x)
         return LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
 
 
@@ -318,13 +315,12 @@ class CLIPTextModel(nn.Module):
 
     config: CLIPTextConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
     with_projection: bool = True
 
     @nn.compact
     def __call__(self, token_ids: Array) -> CLIPTextOutput:
         c = self.config
-        out = CLIPTextTower(c, self.dtype, self.remat, name="text_model")(token_ids)
+        out = CLIPTextTower(c, self.dtype, name="text_model")(token_ids)
         if not self.with_projection:
             return out
         embeds = _projection(c.projection_dim, self.dtype, "text_projection")(out.pooled)
@@ -336,12 +332,11 @@ class CLIPVisionModel(nn.Module):
 
     config: CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
         c = self.config
-        pooled = CLIPVisionTower(c, self.dtype, self.remat, name="vision_model")(pixels)
+        pooled = CLIPVisionTower(c, self.dtype, name="vision_model")(pixels)
         return _projection(c.projection_dim, self.dtype, "visual_projection")(pooled)
 
 
@@ -350,12 +345,11 @@ class CLIPModel(nn.Module):
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self) -> None:
         c = self.config
-        self.text_model = CLIPTextTower(c.text, self.dtype, self.remat)
-        self.vision_model = CLIPVisionTower(c.vision, self.dtype, self.remat)
+        self.text_model = CLIPTextTower(c.text, self.dtype)
+        self.vision_model = CLIPVisionTower(c.vision, self.dtype)
         self.text_projection = _projection(c.projection_dim, self.dtype)
         self.visual_projection = _projection(c.projection_dim, self.dtype)
         self.logit_scale = self.param("logit_scale", init.constant(c.logit_scale_init_value), ())

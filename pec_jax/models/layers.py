@@ -13,15 +13,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import initializers as init
 
 Array = jax.Array
 Initializer = Callable[..., Array]
 CPU_UNROLL = 4
+
+# What the backward pass finds stored, beside the inputs of each block. "dots" keeps the outputs of
+# the linear layers and computes attention, norms and activations again.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 RUN_NAME = re.compile(r"(.*)\.(\d+):(\d+)")  # a scanned run, see `run_name`
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -123,7 +133,10 @@ def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Arr
     Source: Vaswani et al. 2017, section 3.5; cosines first as SD3 has it.
     """
     half = dim // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    # An angle may be thousands of radians, so that the last bit of a frequency shows. These are
+    # those of fp32 exponents, as torch has them, without the error of an fp32 exponential.
+    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp((exponents / np.float32(half)).astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -332,7 +345,7 @@ def expand_runs(path: Sequence[str]) -> list[str]:
 
 
 def scan_layers(
-    block: type[nn.Module], length: int, *, remat: bool = False, unroll: int | None = None
+    block: type[nn.Module], length: int, *, remat: str = "none", unroll: int | None = None
 ) -> type[nn.Module]:
     """A run of `length` equal blocks as one scan, so that the program does not grow with depth.
 
@@ -342,7 +355,7 @@ def scan_layers(
     Args:
         block: a module `block(carry, *broadcast) -> (carry, None)`.
         length: number of layers; parameters are stacked on axis 0, [length, ...].
-        remat: recompute a block's activations in the backward pass instead of storing them.
+        remat: what of a block's activations the backward pass computes again, of `REMAT`.
         unroll: layers a loop iteration; it changes speed only. By default all of them on CPU,
             up to CPU_UNROLL layers, else one.
 
@@ -351,8 +364,8 @@ def scan_layers(
     """
     if unroll is None:
         unroll = length if jax.default_backend() == "cpu" and length <= CPU_UNROLL else 1
-    if remat:
-        block = nn.remat(block, prevent_cse=False)
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
     return nn.scan(
         block,
         variable_axes={"params": 0, "lora": 0},

@@ -14,12 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.nn import initializers as init
 
-from pec_jax.models import layers
+from pec_jax.models import dit, layers
 
 Array = jax.Array
-TIME_FEATURES = 256  # sinusoidal features of the timestep, fixed in SD3
 MAX_LAYERS = 1000  # a damaged config must not make us enumerate forever
 
 
@@ -151,166 +149,12 @@ class PatchEmbed(nn.Module):
         return (x + table.astype(self.dtype)).reshape(n, rows * columns, dim)
 
 
-class EmbeddingMLP(nn.Module):
-    """linear_1, SiLU, linear_2."""
-
-    features: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = layers.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
-        return layers.Dense(
-            self.features, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="linear_2"
-        )(jax.nn.silu(x))
-
-
-class TimeTextEmbed(nn.Module):
-    """The vector that modulates all layers: timestep features plus projected pooled text."""
-
-    features: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, timestep: Array, pooled: Array) -> Array:
-        t = layers.sinusoidal_embedding(timestep, TIME_FEATURES)
-        time = EmbeddingMLP(self.features, self.dtype, name="timestep_embedder")(t)
-        return time + EmbeddingMLP(self.features, self.dtype, name="text_embedder")(pooled)
-
-
-class Modulation(nn.Module):
-    """adaLN: `parts` vectors [N, 1, D] from the (already SiLU-activated) conditioning vector.
-
-    Starts at zero, so that a new network's residual branches start closed (adaLN-Zero).
-    """
-
-    parts: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, conditioning: Array) -> list[Array]:
-        features = self.parts * conditioning.shape[-1]
-        dense = layers.Dense(features, dtype=self.dtype, kernel_init=init.zeros, name="linear")
-        return jnp.split(dense(conditioning)[:, None, :], self.parts, axis=-1)
-
-
-def modulate(normalized: Array, shift: Array, scale: Array, dtype: jnp.dtype) -> Array:
-    """normalized * (1 + scale) + shift, from fp32 [N, L, D] to `dtype`."""
-    return (normalized * (1.0 + scale) + shift).astype(dtype)
-
-
-class FeedForward(nn.Module):
-    """Linear to 4 D, GELU (tanh form), linear to D."""
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        dim = x.shape[-1]
-        x = layers.Dense(4 * dim, dtype=self.dtype, name="net.0.proj")(x)
-        x = jax.nn.gelu(x, approximate=True)
-        return layers.Dense(dim, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="net.2")(x)
-
-
-class JointAttention(nn.Module):
-    """Attention over image tokens, or over image and text tokens with projections of their own."""
-
-    config: MMDiTConfig
-    context_pre_only: bool = False
-    dtype: jnp.dtype = jnp.float32
-
-    def _project(
-        self, x: Array, names: tuple[str, str, str], norms: tuple[str, str]
-    ) -> list[Array]:
-        c = self.config
-        heads = []
-        for name in names:
-            dense = layers.Dense(
-                c.inner_dim, dtype=self.dtype, kernel_axes=("embed", "heads"), name=name
-            )
-            heads.append(layers.split_heads(dense(x), c.num_attention_heads))
-        if c.qk_norm == "rms_norm":
-            for i, name in enumerate(norms):
-                heads[i] = layers.RMSNorm(1e-6, self.dtype, name=name)(heads[i])
-        return heads
-
-    @nn.compact
-    def __call__(self, x: Array, context: Array | None = None) -> tuple[Array, Array | None]:
-        length = x.shape[1]
-        q, k, v = self._project(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
-        if context is not None:
-            extra = self._project(
-                context,
-                ("add_q_proj", "add_k_proj", "add_v_proj"),
-                ("norm_added_q", "norm_added_k"),
-            )
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), extra))
-        if self.context_pre_only:
-            q = q[:, :length]  # nobody reads what the text tokens attend to in the last layer
-        out = layers.merge_heads(layers.attention(q, k, v))
-        dim, axes = self.config.inner_dim, ("heads", "embed")
-        to_out = layers.Dense(dim, dtype=self.dtype, kernel_axes=axes, name="to_out.0")
-        if context is None or self.context_pre_only:
-            return to_out(out), None
-        to_add_out = layers.Dense(dim, dtype=self.dtype, kernel_axes=axes, name="to_add_out")
-        return to_out(out[:, :length]), to_add_out(out[:, length:])
-
-
-class JointBlock(nn.Module):
-    """One layer: joint attention (and, in some layers, image-only attention), then MLPs.
-
-    As SD3.5 has it, the second attention reads the same normalised input as the first.
-    """
-
-    config: MMDiTConfig
-    dual: bool = False
-    last: bool = False
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, streams: tuple[Array, Array], conditioning: Array
-    ) -> tuple[tuple[Array, Array], None]:
-        x, context = streams  # [N, hw, D], [N, L, D]
-        dtype = self.dtype
-        parts = Modulation(9 if self.dual else 6, dtype, name="norm1")(conditioning)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts[:6]
-        normalized = layers.normalize(x, 1e-6)
-        normalized_context = layers.normalize(context, 1e-6)
-        if self.last:
-            c_scale, c_shift = Modulation(2, dtype, name="norm1_context")(conditioning)
-        else:
-            c_parts = Modulation(6, dtype, name="norm1_context")(conditioning)
-            c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = c_parts
-
-        attend = JointAttention(self.config, self.last, dtype, name="attn")
-        attended, attended_context = attend(
-            modulate(normalized, shift, scale, dtype),
-            modulate(normalized_context, c_shift, c_scale, dtype),
-        )
-        x = x + gate * attended
-        if self.dual:
-            shift_2, scale_2, gate_2 = parts[6:]
-            attend_2 = JointAttention(self.config, dtype=dtype, name="attn2")
-            x = x + gate_2 * attend_2(modulate(normalized, shift_2, scale_2, dtype))[0]
-
-        mlp_input = modulate(layers.normalize(x, 1e-6), shift_mlp, scale_mlp, dtype)
-        x = x + gate_mlp * FeedForward(dtype, name="ff")(mlp_input)
-        x = layers.constrain(x, "batch", "tokens", "embed")
-        if self.last:
-            return (x, context), None
-        context = context + c_gate * attended_context
-        mlp_input = modulate(layers.normalize(context, 1e-6), c_shift_mlp, c_scale_mlp, dtype)
-        context = context + c_gate_mlp * FeedForward(dtype, name="ff_context")(mlp_input)
-        return (x, layers.constrain(context, "batch", "tokens", "embed")), None
-
-
 class MMDiT(nn.Module):
     """The velocity field of SD3: (x_t, sigma, text) -> v = eps - x_0."""
 
     config: MMDiTConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: Array, timestep: Array, tokens: Array, pooled: Array) -> Array:
@@ -331,26 +175,21 @@ class MMDiT(nn.Module):
         c = self.config
         _check_inputs(c, x, tokens, pooled)
         image = PatchEmbed(c, self.dtype, name="pos_embed")(x)
-        embed = TimeTextEmbed(c.inner_dim, self.dtype, name="time_text_embed")
+        embed = dit.TimeTextEmbed(c.inner_dim, self.dtype, name="time_text_embed")
         conditioning = jax.nn.silu(embed(timestep, pooled))  # [N, D]; every layer wants it so
-        context = layers.Dense(
-            c.inner_dim, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="context_embedder"
-        )(tokens)
-        streams = (image, context)
+        streams = (image, dit.embed_context(tokens, c.inner_dim, self.dtype))
         for start, stop, dual, last in c.runs():
-            run = layers.scan_layers(JointBlock, stop - start, remat=self.remat)(
-                c, dual, last, self.dtype, name=layers.run_name("transformer_blocks", start, stop)
+            block = layers.scan_layers(dit.JointBlock, stop - start, remat=self.remat)(
+                c.num_attention_heads,
+                c.qk_norm is not None,
+                dual,
+                last,
+                self.dtype,
+                name=layers.run_name("transformer_blocks", start, stop),
             )
-            streams, _ = run(streams, conditioning)
-        scale, shift = Modulation(2, self.dtype, name="norm_out")(conditioning)
-        out = modulate(layers.normalize(streams[0], 1e-6), shift, scale, self.dtype)
-        out = layers.Dense(
-            c.patch_size**2 * c.out_channels,
-            dtype=self.dtype,
-            kernel_init=init.zeros,
-            kernel_axes=("embed", "conv_out"),
-            name="proj_out",
-        )(out)
+            streams, _ = block(streams, conditioning)
+        features = c.patch_size**2 * c.out_channels
+        out = dit.project_out(streams[0], conditioning, features, self.dtype)
         return unpatchify(out, x.shape[1], x.shape[2], c.patch_size).astype(x.dtype)
 
 
@@ -361,16 +200,7 @@ def _check_inputs(config: MMDiTConfig, x: Array, tokens: Array, pooled: Array) -
             f"latents must be [N, h, w, {config.in_channels}] with h and w multiples of {p}, "
             f"not {x.shape}"
         )
-    if tokens.shape[-1] != config.joint_attention_dim:
-        raise ValueError(
-            f"text tokens are {tokens.shape[-1]} wide, the transformer takes "
-            f"{config.joint_attention_dim}"
-        )
-    if pooled.shape[-1] != config.pooled_projection_dim:
-        raise ValueError(
-            f"the pooled text embedding is {pooled.shape[-1]} wide, the transformer takes "
-            f"{config.pooled_projection_dim}"
-        )
+    dit.check_text(tokens, config.joint_attention_dim, pooled, config.pooled_projection_dim)
 
 
 def unpatchify(tokens: Array, height: int, width: int, patch_size: int) -> Array:

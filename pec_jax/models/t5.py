@@ -171,7 +171,6 @@ class T5Encoder(nn.Module):
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, token_ids: Array, mask: Array | None = None) -> Array:
@@ -206,7 +205,7 @@ class T5Encoder(nn.Module):
         # Trained from scratch, unit-variance tokens as T5 has them.
         tokens = Embed(c.vocab_size, c.d_model, self.dtype, init.normal(1.0), name="shared")
         x = constrain(tokens(token_ids), "batch", "tokens", "embed")
-        run = scan_layers(T5Block, c.num_layers, remat=self.remat)
+        run = scan_layers(T5Block, c.num_layers)
         blocks = run(c, self.dtype, name=run_name("encoder.block", 0, c.num_layers))
         x, _ = blocks(x, bias)
         return RMSNorm(c.layer_norm_epsilon, dtype=self.dtype, name="encoder.final_layer_norm")(x)

@@ -1,13 +1,19 @@
-"""From prompts to conditioning, as Stable Diffusion 3 does it: two CLIP towers and a T5 encoder.
+"""From prompts to conditioning, as Stable Diffusion 3 and FLUX.1 do it.
 
-    tokens = concat_L(pad_D(concat_D(clip_1, clip_2)), t5)
-    pooled = concat_D(embeds_1, embeds_2)
+Stable Diffusion 3 has two CLIP towers and a T5 encoder:
 
-where clip_i are hidden states before the last layer, padded with zeros to T5's width, and embeds_i
-are the projected end-of-text features. No attention mask is used: padding is part of the input.
+    tokens = concat_L(pad_D(concat_D(clip, clip_2)), t5),  pooled = concat_D(embeds, embeds_2)
+
+where clip are hidden states before the last layer, padded with zeros to T5's width, and embeds the
+projected end-of-text features. FLUX.1 has one CLIP tower, of which it takes the end-of-text
+feature only, and a T5 encoder:
+
+    tokens = t5,  pooled = end_of_text(clip)
+
+No attention mask is used: padding is part of the input.
 
 Source: Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image
-Synthesis", figure 2; the details are those of diffusers' `StableDiffusion3Pipeline.encode_prompt`.
+Synthesis", figure 2; the details are those of `encode_prompt` of diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +34,12 @@ from pec_jax.types import Conditioning
 
 Array = jax.Array
 Tokenizer = Callable[..., Mapping[str, Any]]  # a Hugging Face tokenizer
-
-# Tokens that SD3 gives T5 (which itself takes any number); more only cost time.
-MAX_T5_LENGTH = 256
-
-
-class TokenIds(NamedTuple):
-    """The same prompts for each of the three encoders."""
-
-    clip: Array | np.ndarray  # [N, L] int32
-    clip_2: Array | np.ndarray  # [N, L] int32
-    t5: Array | np.ndarray  # [N, M] int32
+TokenIds = dict[str, np.ndarray]  # tower -> [N, L] int32, the same prompts for each
+Combine = Callable[[Mapping[str, Any]], Conditioning]  # outputs of the towers -> conditioning
 
 
 def join(clip: Array, clip_2: Array, t5: Array) -> Array:
-    """Puts the three encoders' tokens into one sequence.
+    """Puts the tokens of Stable Diffusion 3's encoders into one sequence.
 
     Args:
         clip: hidden states of the first CLIP tower [N, L, D1].
@@ -66,56 +63,53 @@ def join(clip: Array, clip_2: Array, t5: Array) -> Array:
     return jnp.concatenate([both, t5.astype(both.dtype)], axis=1)
 
 
-def condition(
-    variables: Mapping[str, Any],
-    ids: TokenIds,
-    *,
-    clip: CLIPTextModel,
-    clip_2: CLIPTextModel,
-    t5: T5Encoder,
-) -> Conditioning:
-    """Runs the three encoders on tokenized prompts.
+def sd3_conditioning(t5_length: int, width: int) -> Combine:
+    """Stable Diffusion 3's combination of "clip", "clip_2" and, if there is one, "t5".
 
     Args:
-        variables: of each encoder, under its name here.
-        ids: tokenized prompts.
-        clip: the first CLIP text tower, with projection.
-        clip_2: the second.
-        t5: the T5 encoder.
+        t5_length: M, tokens of zeros that stand in the place of T5's where it is left out.
+        width: D of those tokens.
 
     Returns:
-        Conditioning of N prompts, fp32 whatever the encoders compute in.
+        Outputs of the towers -> Conditioning, fp32 whatever the towers compute in.
     """
-    out: Any = clip.apply(variables["clip"], ids.clip)
-    out_2: Any = clip_2.apply(variables["clip_2"], ids.clip_2)
-    encoded: Any = t5.apply(variables["t5"], ids.t5)
-    tokens = join(out.penultimate, out_2.penultimate, encoded)
-    pooled = jnp.concatenate([out.text_embeds, out_2.text_embeds], axis=-1)
-    return Conditioning(tokens.astype(jnp.float32), pooled.astype(jnp.float32))
+
+    def combine(outputs: Mapping[str, Any]) -> Conditioning:
+        clip, clip_2 = outputs["clip"], outputs["clip_2"]
+        t5 = outputs.get("t5")
+        if t5 is None:
+            t5 = jnp.zeros((clip.pooled.shape[0], t5_length, width))
+        tokens = join(clip.penultimate, clip_2.penultimate, t5)
+        pooled = jnp.concatenate([clip.text_embeds, clip_2.text_embeds], axis=-1)
+        return Conditioning(tokens.astype(jnp.float32), pooled.astype(jnp.float32))
+
+    return combine
 
 
-@functools.partial(jax.jit, static_argnames=("clip", "clip_2", "t5"))
-def _condition(variables: Any, ids: TokenIds, **modules: Any) -> Conditioning:
-    return condition(variables, ids, **modules)
+def flux_conditioning(outputs: Mapping[str, Any]) -> Conditioning:
+    """FLUX.1's combination of "clip" and "t5"; fp32 whatever the towers compute in."""
+    return Conditioning(
+        outputs["t5"].astype(jnp.float32), outputs["clip"].pooled.astype(jnp.float32)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+    """One text encoder, its weights and its tokenizer."""
+
+    module: CLIPTextModel | T5Encoder
+    variables: Any
+    tokenizer: Tokenizer
+    length: int  # tokens; prompts are padded and cut to this
 
 
 @dataclasses.dataclass(frozen=True)
 class TextStack:
-    """Three tokenizers, three text encoders and their weights."""
+    """The text encoders of a pipeline, and how their outputs become its conditioning."""
 
-    clip: CLIPTextModel
-    clip_2: CLIPTextModel
-    t5: T5Encoder
-    variables: Mapping[str, Any]  # "clip", "clip_2", "t5" -> variables of the module
-    tokenizers: tuple[Tokenizer, Tokenizer, Tokenizer]  # in the order of TokenIds
-    clip_length: int  # tokens, of both CLIP towers
-    t5_length: int  # tokens
+    towers: Mapping[str, TextTower]  # "clip", "clip_2", "t5"
+    combine: Combine
     batch_size: int = 16  # prompts a call of the compiled function
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of the joint token sequence."""
-        return self.clip_length + self.t5_length
 
     def tokenize(self, prompts: Sequence[str]) -> TokenIds:
         """Turns prompts into ids, padded and cut to each encoder's length.
@@ -126,26 +120,25 @@ class TextStack:
             prompts: N prompts.
 
         Returns:
-            ids of N prompts.
+            Tower -> [N, L] int32.
         """
-        lengths = (self.clip_length, self.clip_length, self.t5_length)
-        padded: list[np.ndarray] = []
-        too_long: dict[str, None] = {}  # a set that remembers the order
-        for tokenizer, length in zip(self.tokenizers, lengths):
-            whole = tokenizer(list(prompts), verbose=False)["input_ids"]
-            too_long.update({p: None for p, ids in zip(prompts, whole) if len(ids) > length})
-            cut = tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True
+        ids, too_long = {}, {}  # the second is a set that remembers the order
+        for name, tower in self.towers.items():
+            whole = tower.tokenizer(list(prompts), verbose=False)["input_ids"]
+            too_long.update({p: None for p, row in zip(prompts, whole) if len(row) > tower.length})
+            cut = tower.tokenizer(
+                list(prompts), padding="max_length", max_length=tower.length, truncation=True
             )["input_ids"]
-            padded.append(np.asarray(cut, np.int32))
+            ids[name] = np.asarray(cut, np.int32)
         if too_long:
+            limits = ", ".join(f"{name} {tower.length}" for name, tower in self.towers.items())
             warnings.warn(
-                f"{len(too_long)} of {len(set(prompts))} prompts are longer than the text encoders "
-                f"take (CLIP {self.clip_length} tokens, T5 {self.t5_length}) and were cut off "
-                f"there; the first is {next(iter(too_long))!r}",
+                f"{len(too_long)} of {len(set(prompts))} prompts have more tokens than the text "
+                f"encoders take ({limits}) and were cut off there; the first is "
+                f"{next(iter(too_long))!r}",
                 stacklevel=2,
             )
-        return TokenIds(*padded)
+        return ids
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes prompts, in batches of one compiled size.
@@ -154,7 +147,7 @@ class TextStack:
             prompts: N prompts, at least one.
 
         Returns:
-            Conditioning of NumPy arrays: tokens [N, L + M, D], pooled [N, D1 + D2], fp32.
+            Conditioning of NumPy arrays: tokens [N, L, D], pooled [N, Dp], fp32.
 
         Raises:
             ValueError: no prompt at all.
@@ -165,12 +158,19 @@ class TextStack:
         # Few sizes, so that one prompt does not pay for a whole batch and little is compiled.
         size = min(self.batch_size, 1 << (count - 1).bit_length())
         ids = self.tokenize(prompts)
+        variables = {name: tower.variables for name, tower in self.towers.items()}
         parts = []
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            chunk = jax.tree.map(lambda a, rows=rows: a[rows], ids)
-            parts.append(jax.device_get(self._run(chunk)))
+            chunk = {name: a[rows] for name, a in ids.items()}
+            parts.append(jax.device_get(self._run(variables, chunk)))
         return jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)
 
-    def _run(self, ids: TokenIds) -> Conditioning:
-        return _condition(self.variables, ids, clip=self.clip, clip_2=self.clip_2, t5=self.t5)
+    @functools.cached_property
+    def _run(self) -> Callable[[Any, TokenIds], Conditioning]:
+        modules: dict[str, Any] = {name: tower.module for name, tower in self.towers.items()}
+
+        def run(variables: Any, ids: TokenIds) -> Conditioning:
+            return self.combine({n: m.apply(variables[n], ids[n]) for n, m in modules.items()})
+
+        return jax.jit(run)

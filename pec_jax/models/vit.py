@@ -144,13 +144,12 @@ class ViTModel(nn.Module):
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
         c = self.config
         x = ViTEmbeddings(c, self.dtype, name="embeddings")(pixels)
         x = constrain(x, "batch", "tokens", "embed")
-        run = scan_layers(ViTLayer, c.num_hidden_layers, remat=self.remat)
+        run = scan_layers(ViTLayer, c.num_hidden_layers)
         x, _ = run(c, self.dtype, name=run_name("encoder.layer", 0, c.num_hidden_layers))(x)
         return LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layernorm")(x)

@@ -30,6 +30,7 @@ from pec_jax.weights.tensors import TensorFiles, WeightsError
 PyTree = Any
 STORED = ("params", "buffers")
 LISTED = 5  # names an error message shows
+ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +99,20 @@ def from_torch(
     *,
     ignore: Sequence[str] = (),
     dtype: Any = None,
+    sharding: Any = None,
 ) -> PyTree:
-    """Variables from a torch state dict.
+    """Variables from a torch state dict, read tensor by tensor.
 
     Args:
         tensors: torch name -> array; `TensorFiles` or a dict.
         abstract_variables: the shapes expected, from `abstract_variables`.
         ignore: regular expressions; an extra tensor whose whole name matches one is no error.
         dtype: dtype of the floating-point leaves; by default the expected one (fp32).
+        sharding: where each leaf goes as soon as it is read, so that the host never holds more
+            than one leaf beside what its own devices keep; None leaves numpy arrays.
 
     Returns:
-        {"params": ..., "buffers": ...} of numpy arrays in host memory.
+        {"params": ..., "buffers": ...}.
 
     Raises:
         WeightsError: a tensor is missing, unexpected, or of another shape; the message
@@ -136,12 +140,23 @@ def from_torch(
     flat = {}
     for leaf, expected in plan:
         target = np.dtype(dtype if dtype is not None else expected.dtype)
-        array = np.empty(expected.shape, target)
+        array = _aligned(expected.shape, target)
         for i, name in enumerate(leaf.names):
             value = np.transpose(np.asarray(tensors[name]), leaf.axes)
             array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
+        if sharding is not None:
+            # On CPU the device takes the aligned memory over as it is, without a copy.
+            array = jax.device_put(array, sharding, may_alias=True)
         flat[leaf.path] = array
     return traverse_util.unflatten_dict(flat)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that starts at a multiple of what XLA asks for."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _check_shape(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> None:

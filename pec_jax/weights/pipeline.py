@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 pipeline directories, as diffusers lays them out, read and written."""
+"""Pipeline directories, as diffusers lays them out, read and written."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pec_jax.models.mmdit import MMDiT, MMDiTConfig
+from pec_jax.models import flux
+from pec_jax.models.flux import Flux, FluxConfig
+from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.models.text import TextStack
 from pec_jax.models.vae import AutoencoderKL, VAEConfig
 from pec_jax.weights.convert import abstract_variables, from_torch, to_torch
+from pec_jax.weights.families import Family, read_family
 from pec_jax.weights.tensors import (
     WeightsError,
     read_json,
@@ -26,19 +29,13 @@ from pec_jax.weights.tensors import (
 from pec_jax.weights.text import load_text_stack
 
 PyTree = Any
+Transformer = MMDiT | Flux
 STEM = "diffusion_pytorch_model"
-# Component -> the class that model_index.json must give it. (Tokenizers come in several classes,
-# slow and fast, which all read the same files.)
-CLASSES = {
-    "transformer": "SD3Transformer2DModel",
-    "vae": "AutoencoderKL",
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
+TRANSFORMERS: dict[str, tuple[Any, Any]] = {
+    "SD3Transformer2DModel": (MMDiT, MMDiTConfig),
+    "FluxTransformer2DModel": (Flux, FluxConfig),
 }
-TEXT_CLASSES = {
-    "text_encoder": "CLIPTextModelWithProjection",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "text_encoder_3": "T5EncoderModel",
-}
+FLUX_SAMPLE_SIZE = 128  # latent pixels; in diffusers a constant of the pipeline
 MAX_SIZE = 2**20  # no width, depth or table of a real model is larger
 
 
@@ -47,26 +44,51 @@ class Pipeline:
     """A text-to-image model: networks, their weights, and how to sample from it.
 
     Attributes:
+        family: what kind of pipeline it is.
         transformer: the velocity field.
-        transformer_variables: {"params", "buffers"}, numpy arrays in host memory.
+        transformer_variables: {"params", "buffers"}.
         vae: the autoencoder.
-        vae_variables: {"params"}, numpy arrays in host memory.
+        vae_variables: {"params"}.
         text: tokenizers and text encoders; None if they were not asked for.
         scheduler: scheduler_config.json, as it is.
-        vae_scale_factor: image pixels a latent pixel, along one axis.
-        latent_channels: channels of the latents.
-        default_size: height and width of an image, in pixels, that the model was trained for.
     """
 
-    transformer: MMDiT
+    family: Family
+    transformer: Transformer
     transformer_variables: PyTree
     vae: AutoencoderKL
     vae_variables: PyTree
     text: TextStack | None
     scheduler: dict[str, Any]
-    vae_scale_factor: int
-    latent_channels: int
-    default_size: int
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels a latent pixel, along one axis."""
+        return self.vae.config.scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.vae.config.latent_channels
+
+    @property
+    def patch_size(self) -> int:
+        """Latent pixels an image token, along one axis."""
+        config = self.transformer.config
+        return flux.PACK if isinstance(config, FluxConfig) else config.patch_size
+
+    @property
+    def default_size(self) -> int:
+        """Height and width of an image, in pixels, that the model was trained for."""
+        config = self.transformer.config
+        size = FLUX_SAMPLE_SIZE if isinstance(config, FluxConfig) else config.sample_size
+        return size * self.vae_scale_factor
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the transformer."""
+        config = self.transformer.config
+        return isinstance(config, FluxConfig) and config.guidance_embeds
 
 
 def read_config(directory: Path, class_name: str, file: str = "config.json") -> dict[str, Any]:
@@ -127,16 +149,23 @@ def _shape(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def transformer_shapes(module: MMDiT) -> PyTree:
-    """The shapes of an MMDiT's variables, {"params", "buffers"}; no memory is taken."""
-    c, p = module.config, module.config.patch_size
-    return abstract_variables(
-        module,
-        _shape(1, p, p, c.in_channels),
-        _shape(1),
-        _shape(1, 1, c.joint_attention_dim),
-        _shape(1, c.pooled_projection_dim),
-    )
+def transformer_shapes(module: Transformer) -> PyTree:
+    """The shapes of a transformer's variables, {"params", "buffers"}; no memory is taken."""
+    c = module.config
+    text = _shape(1, 1, c.joint_attention_dim), _shape(1, c.pooled_projection_dim)
+    if isinstance(c, FluxConfig):
+        latents = _shape(1, flux.PACK, flux.PACK, c.latent_channels)
+        guidance = (_shape(1),) if c.guidance_embeds else ()
+        return abstract_variables(module, latents, _shape(1), *text, *guidance)
+    latents = _shape(1, c.patch_size, c.patch_size, c.in_channels)
+    return abstract_variables(module, latents, _shape(1), *text)
+
+
+def transformer_buffers(module: Transformer) -> PyTree:
+    """What an SD3 transformer stores beside its parameters: the table of positions."""
+    c = module.config
+    table = sincos_position_table(c.inner_dim, c.pos_embed_max_size, c.sample_size // c.patch_size)
+    return {"pos_embed": {"pos_embed": table}}
 
 
 def vae_shapes(module: AutoencoderKL) -> PyTree:
@@ -145,81 +174,79 @@ def vae_shapes(module: AutoencoderKL) -> PyTree:
     return abstract_variables(module, _shape(1, factor, factor, module.config.in_channels))
 
 
+def load_transformer_config(
+    directory: Path, dtype: Any = jnp.float32, *, remat: str = "none"
+) -> Transformer:
+    """The network that a transformer directory's config.json describes, without weights.
+
+    Raises:
+        WeightsError: unreadable, or of an architecture that is not supported.
+    """
+    path = directory / "config.json"
+    name = read_json(path).get("_class_name", "SD3Transformer2DModel")
+    if name not in TRANSFORMERS:
+        raise WeightsError(f"{path}: is a {name}; supported: {', '.join(TRANSFORMERS)}")
+    network, config_class = TRANSFORMERS[name]
+    return network(_parse(config_class, directory, name), dtype=dtype, remat=remat)
+
+
 def load_transformer(
     directory: str | os.PathLike[str],
     dtype: Any = jnp.float32,
     *,
     param_dtype: Any = jnp.float32,
-    remat: bool = False,
-) -> tuple[MMDiT, PyTree]:
+    remat: str = "none",
+    variant: str = "",
+    sharding: Any = None,
+) -> tuple[Transformer, PyTree]:
     """Loads a transformer directory (config.json and its weights).
 
     Args:
         directory: such as PIPELINE/transformer.
         dtype: in which the network computes.
         param_dtype: in which its parameters are kept.
-        remat: recompute activations in the backward pass, for less memory.
+        remat: what the backward pass computes again, of `layers.REMAT`.
+        variant: such as "fp16", where there are several files of weights.
+        sharding: where the variables go; None keeps them in host memory, as numpy arrays.
 
     Returns:
-        (network, variables); the variables are numpy arrays in host memory.
+        (network, variables).
 
     Raises:
         WeightsError: anything missing, left over, misshapen or unsupported, by name.
     """
     directory = Path(directory)
-    config = _parse(MMDiTConfig, directory, CLASSES["transformer"])
-    module = MMDiT(config, dtype=dtype, remat=remat)
-    tensors = read_tensors(directory, STEM)
-    return module, from_torch(tensors, transformer_shapes(module), dtype=param_dtype)
+    module = load_transformer_config(directory, dtype, remat=remat)
+    tensors = read_tensors(directory, STEM, variant)
+    shapes = transformer_shapes(module)
+    return module, from_torch(tensors, shapes, dtype=param_dtype, sharding=sharding)
 
 
 def load_vae(
-    directory: str | os.PathLike[str], dtype: Any = jnp.float32
+    directory: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+    *,
+    variant: str = "",
+    sharding: Any = None,
 ) -> tuple[AutoencoderKL, PyTree]:
     """Loads an autoencoder directory (config.json and its weights).
 
     Args:
         directory: such as PIPELINE/vae.
         dtype: in which the network computes; its parameters are fp32.
+        variant: such as "fp16", where there are several files of weights.
+        sharding: where the variables go; None keeps them in host memory, as numpy arrays.
 
     Returns:
-        (network, variables); the variables are numpy arrays in host memory.
+        (network, variables).
 
     Raises:
         WeightsError: anything missing, left over, misshapen or unsupported, by name.
     """
     directory = Path(directory)
-    module = AutoencoderKL(_parse(VAEConfig, directory, CLASSES["vae"]), dtype=dtype)
-    return module, from_torch(read_tensors(directory, STEM), vae_shapes(module))
-
-
-def check_index(directory: Path, *, text: bool) -> None:
-    """Checks that a directory is a Stable Diffusion 3 pipeline with the parts asked for.
-
-    Args:
-        directory: holds model_index.json.
-        text: whether the text encoders are needed.
-
-    Raises:
-        WeightsError: no model_index.json, another pipeline class, or another class of a part.
-    """
-    path = directory / "model_index.json"
-    if not directory.is_dir():
-        raise WeightsError(f"{directory}: no such model directory")
-    index = read_json(path)
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise WeightsError(
-            f"{path}: is a {index.get('_class_name')}; supported: StableDiffusion3Pipeline"
-        )
-    expected = {**CLASSES, **(TEXT_CLASSES if text else {})}
-    for part, class_name in expected.items():
-        entry = index.get(part)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if found != class_name:
-            raise WeightsError(
-                f"{path}: {part} is {'absent' if found is None else f'a {found}'}; "
-                f"supported: {class_name}"
-            )
+    module = AutoencoderKL(_parse(VAEConfig, directory, "AutoencoderKL"), dtype=dtype)
+    tensors = read_tensors(directory, STEM, variant)
+    return module, from_torch(tensors, vae_shapes(module), sharding=sharding)
 
 
 def load_pipeline(
@@ -227,52 +254,70 @@ def load_pipeline(
     dtype: Any = jnp.float32,
     *,
     text: bool = True,
+    t5_length: int = 0,
     param_dtype: Any = jnp.float32,
     vae_dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
+    variant: str = "",
+    sharding: Any = None,
 ) -> Pipeline:
-    """Loads a Stable Diffusion 3 pipeline from a directory in diffusers' layout.
+    """Loads a Stable Diffusion 3 or FLUX.1 pipeline from a directory in diffusers' layout.
 
     Args:
-        directory: holds model_index.json, transformer/, vae/, scheduler/ and, if `text`,
-            text_encoder{,_2,_3}/ and tokenizer{,_2,_3}/.
+        directory: holds model_index.json and a directory for each part it names.
         dtype: in which the transformer and the text encoders compute.
         text: load the text encoders too; False where prompts are embedded already.
+        t5_length: tokens that T5 sees; 0 is diffusers' own choice.
         param_dtype: in which the transformer's parameters are kept.
         vae_dtype: in which the autoencoder computes.
-        remat: recompute the transformer's activations in the backward pass.
+        remat: what of the transformer the backward pass computes again, of `layers.REMAT`.
+        variant: such as "fp16", where there are several files of weights.
+        sharding: where the variables of transformer and autoencoder go, tensor by tensor; None
+            keeps them in host memory, as numpy arrays.
 
     Returns:
-        The pipeline; the weights of transformer and autoencoder are still in host memory.
+        The pipeline.
 
     Raises:
         WeightsError: a part is missing, of an unsupported class, or its weights do not fit; the
             message names file and tensor.
     """
     root = Path(directory)
-    check_index(root, text=text)
-    scheduler = read_config(root / "scheduler", CLASSES["scheduler"], "scheduler_config.json")
+    family = read_family(root)
+    scheduler = read_config(root / "scheduler", family.parts["scheduler"], "scheduler_config.json")
+    read_config(root / "transformer", family.parts["transformer"])  # families are not mixed
     transformer, transformer_variables = load_transformer(
-        root / "transformer", dtype, param_dtype=param_dtype, remat=remat
+        root / "transformer",
+        dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        variant=variant,
+        sharding=sharding,
     )
-    vae, vae_variables = load_vae(root / "vae", vae_dtype)
-    channels = (transformer.config.in_channels, transformer.config.out_channels)
-    if channels != (vae.config.latent_channels,) * 2:
-        raise WeightsError(
-            f"{root}: the transformer takes {channels[0]} and gives {channels[1]} channels, the "
-            f"autoencoder has {vae.config.latent_channels}; they belong to different models"
-        )
+    vae, vae_variables = load_vae(root / "vae", vae_dtype, variant=variant, sharding=sharding)
+    _check_channels(root, transformer, vae)
     return Pipeline(
+        family=family,
         transformer=transformer,
         transformer_variables=transformer_variables,
         vae=vae,
         vae_variables=vae_variables,
-        text=load_text_stack(root, dtype) if text else None,
+        text=load_text_stack(root, dtype, t5_length=t5_length, variant=variant) if text else None,
         scheduler=scheduler,
-        vae_scale_factor=vae.config.scale_factor,
-        latent_channels=vae.config.latent_channels,
-        default_size=transformer.config.sample_size * vae.config.scale_factor,
     )
+
+
+def _check_channels(root: Path, transformer: Transformer, vae: AutoencoderKL) -> None:
+    config, area = transformer.config, 1
+    if isinstance(config, FluxConfig):
+        area = flux.PACK**2
+    channels = (config.in_channels, config.out_channels)
+    if channels != (vae.config.latent_channels * area,) * 2:
+        raise WeightsError(
+            f"{root}: the transformer takes {channels[0] // area} and gives "
+            f"{channels[1] // area} channels, the autoencoder has {vae.config.latent_channels}; "
+            "they belong to different models"
+        )
 
 
 def save_component(

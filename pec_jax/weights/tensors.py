@@ -64,16 +64,21 @@ class TensorFiles(Mapping[str, np.ndarray]):
         """
         self.directory = directory
         self._files = dict(files)
-        self._handles = {path: _open(path) for path in sorted(set(self._files.values()))}
-        held = {path: set(handle.keys()) for path, handle in self._handles.items()}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(set(self._files.values())):
+            with _open(path) as handle:
+                held = {name for name in handle.keys() if self._files.get(name) == path}  # noqa: SIM118
+                self._shapes |= {n: tuple(handle.get_slice(n).get_shape()) for n in held}
         for name, path in self._files.items():
-            if name not in held[path]:
+            if name not in self._shapes:
                 raise WeightsError(f"{path}: the index says it holds {name!r}, but it does not")
 
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._files[name]
         try:
-            return self._handles[path].get_tensor(name)
+            # Opened anew each time: a mapping that stays open keeps all pages ever read in memory.
+            with _open(path) as handle:
+                return handle.get_tensor(name)
         except (safetensors.SafetensorError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: tensor {name!r} cannot be read: {error}") from error
 
@@ -85,7 +90,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
-        return tuple(self._handles[self._files[name]].get_slice(name).get_shape())
+        return self._shapes[name]
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -116,13 +121,16 @@ def _read_index(index: Path) -> dict[str, Path]:
     return files
 
 
-def read_tensors(directory: str | os.PathLike[str], stem: str | None = None) -> TensorFiles:
+def read_tensors(
+    directory: str | os.PathLike[str], stem: str | None = None, variant: str = ""
+) -> TensorFiles:
     """Opens a model's weights.
 
     Args:
         directory: holds `STEM.safetensors`, or `STEM.safetensors.index.json` and its shards.
         stem: "model" (transformers) or "diffusion_pytorch_model" (diffusers); by default
             whichever is there.
+        variant: such as "fp16": `STEM.fp16.safetensors` is preferred to the plain file.
 
     Returns:
         A lazy mapping from tensor name to array, in the stored dtype.
@@ -134,11 +142,15 @@ def read_tensors(directory: str | os.PathLike[str], stem: str | None = None) -> 
     if not directory.is_dir():
         raise WeightsError(f"{directory}: no such directory")
     stems = STEMS if stem is None else (stem,)
-    for candidate in stems:
-        index = directory / f"{candidate}.safetensors.index.json"
-        whole = directory / f"{candidate}.safetensors"
+    names = [
+        (f"{s}{v}.safetensors", f"{s}.safetensors.index{v}.json")
+        for v in ([f".{variant}"] if variant else []) + [""]
+        for s in stems
+    ]
+    for whole, index in ((directory / a, directory / b) for a, b in names):
         if whole.is_file():
-            return TensorFiles(directory, dict.fromkeys(_open(whole).keys(), whole))
+            with _open(whole) as handle:
+                return TensorFiles(directory, dict.fromkeys(handle.keys(), whole))
         if index.is_file():
             return TensorFiles(directory, _read_index(index))
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".ckpt"))
@@ -151,8 +163,29 @@ def read_tensors(directory: str | os.PathLike[str], stem: str | None = None) -> 
     raise WeightsError(f"{directory}: holds no {expected}; is the download complete?")
 
 
+def read_file(path: Path) -> TensorFiles:
+    """Opens one safetensors file, whatever its name.
+
+    Raises:
+        WeightsError: missing, truncated or of another format.
+    """
+    return TensorFiles(path.parent, dict.fromkeys(_open(path).keys(), path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The notes in the header of a safetensors file, empty if there are none.
+
+    Raises:
+        WeightsError: missing, truncated or of another format.
+    """
+    return _open(path).metadata() or {}
+
+
 def write_tensors(
-    directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], stem: str = "model"
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    stem: str = "model",
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `STEM.safetensors`; the name appears only once all of it is on the disk.
 
@@ -160,6 +193,7 @@ def write_tensors(
         directory: created if absent.
         tensors: name -> array.
         stem: "model" (transformers) or "diffusion_pytorch_model" (diffusers).
+        metadata: notes for the file's header, beside that of its format.
 
     Returns:
         The file written.
@@ -172,7 +206,7 @@ def write_tensors(
 
     def write(temporary: Path) -> None:
         # transformers and diffusers refuse a file that does not say its tensors are torch's.
-        save_file(arrays, temporary, metadata={"format": "pt"})
+        save_file(arrays, temporary, metadata={"format": "pt", **(metadata or {})})
 
     replace_file(path, write)
     return path

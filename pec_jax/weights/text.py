@@ -1,7 +1,8 @@
-"""Loading the text encoders of a Stable Diffusion 3 pipeline directory."""
+"""Loading the text encoders of a pipeline directory."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.models import clip, t5
-from pec_jax.models.text import MAX_T5_LENGTH, TextStack
+from pec_jax.models.text import TextStack, TextTower, flux_conditioning, sd3_conditioning
 from pec_jax.weights.convert import abstract_variables, from_torch
+from pec_jax.weights.families import present_text_encoders, read_family
 from pec_jax.weights.tensors import WeightsError, read_json, read_tensors
 
 
@@ -23,6 +25,7 @@ def load_variables(
     *example: Any,
     ignore: Sequence[str] = (),
     dtype: jnp.dtype = jnp.float32,
+    variant: str = "",
 ) -> Any:
     """Loads the variables of one transformers model.
 
@@ -32,6 +35,7 @@ def load_variables(
         *example: arguments of a call, which fix the parameters' shapes.
         ignore: regular expressions of stored tensors that the module does not have.
         dtype: what the parameters are kept in.
+        variant: such as "fp16", where there are several files of weights.
 
     Returns:
         The module's variables, on the default device.
@@ -39,9 +43,10 @@ def load_variables(
     Raises:
         WeightsError: a tensor or file is missing, left over or misshapen; the message names it.
     """
-    tensors = read_tensors(directory, "model")
+    tensors = read_tensors(directory, "model", variant)
     expected = abstract_variables(module, *example)
-    return jax.device_put(from_torch(tensors, expected, ignore=ignore, dtype=dtype))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return from_torch(tensors, expected, ignore=ignore, dtype=dtype, sharding=device)
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -69,54 +74,66 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise WeightsError(f"{directory}: no usable tokenizer: {error}") from error
 
 
-def _load_clip(directory: Path, dtype: jnp.dtype) -> tuple[clip.CLIPTextModel, Any]:
-    config = clip.CLIPTextConfig.from_dict(read_json(directory / "config.json"))
-    module = clip.CLIPTextModel(config, dtype=dtype)
+def _load_tower(
+    root: Path, part: str, class_name: str, t5_length: int, dtype: jnp.dtype, variant: str
+) -> TextTower:
+    """One encoder and its tokenizer; T5 has no length of its own."""
+    tokenizer = load_tokenizer(root / part.replace("text_encoder", "tokenizer"))
+    directory = root / part
+    values = read_json(directory / "config.json")
+    try:
+        if class_name == "T5EncoderModel":
+            module: Any = t5.T5Encoder(t5.T5Config.from_dict(values), dtype=dtype)
+            ignore, length = t5.IGNORED_TENSORS, t5_length
+        else:
+            config = clip.CLIPTextConfig.from_dict(values)
+            projected = class_name == "CLIPTextModelWithProjection"
+            module = clip.CLIPTextModel(config, dtype=dtype, with_projection=projected)
+            ignore, length = clip.IGNORED_TENSORS, config.max_position_embeddings
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise WeightsError(f"{directory / 'config.json'}: {error}") from error
     ids = np.zeros((1, 2), np.int32)
-    return module, load_variables(directory, module, ids, ignore=clip.IGNORED_TENSORS, dtype=dtype)
+    variables = load_variables(directory, module, ids, ignore=ignore, dtype=dtype, variant=variant)
+    return TextTower(module, variables, tokenizer, min(length, tokenizer.model_max_length))
 
 
-def _load_t5(directory: Path, dtype: jnp.dtype) -> tuple[t5.T5Encoder, Any]:
-    config = t5.T5Config.from_dict(read_json(directory / "config.json"))
-    module = t5.T5Encoder(config, dtype=dtype)
-    ids = np.zeros((1, 2), np.int32)
-    return module, load_variables(directory, module, ids, ignore=t5.IGNORED_TENSORS, dtype=dtype)
-
-
-def load_text_stack(directory: str | Path, dtype: jnp.dtype = jnp.float32) -> TextStack:
+def load_text_stack(
+    directory: str | Path,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    t5_length: int = 0,
+    variant: str = "",
+) -> TextStack:
     """Loads tokenizers and text encoders of a pipeline in diffusers' directory layout.
 
     Args:
-        directory: holds `tokenizer`, `text_encoder` (CLIP), `tokenizer_2`, `text_encoder_2` (CLIP),
-            `tokenizer_3` and `text_encoder_3` (T5).
+        directory: holds model_index.json, which says which encoders there are, and their
+            directories.
         dtype: in which the encoders are kept and compute.
+        t5_length: tokens that T5 sees; 0 is diffusers' own choice, 256 for Stable Diffusion 3
+            and 512 for FLUX.1.
+        variant: such as "fp16", where there are several files of weights.
 
     Returns:
         The text stack, ready to encode prompts.
 
     Raises:
-        WeightsError: a file or tensor is missing, left over or misshapen.
-        ValueError: a config that we cannot compute.
+        WeightsError: a file or tensor is missing, left over or misshapen; a config that we cannot
+            compute.
     """
     root = Path(directory)
-    first, second, third = (
-        load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
-    )
-    tower, tower_variables = _load_clip(root / "text_encoder", dtype)
-    tower_2, tower_2_variables = _load_clip(root / "text_encoder_2", dtype)
-    encoder, encoder_variables = _load_t5(root / "text_encoder_3", dtype)
-    positions = min(m.config.max_position_embeddings for m in (tower, tower_2))
-    return TextStack(
-        clip=tower,
-        clip_2=tower_2,
-        t5=encoder,
-        variables={
-            "clip": tower_variables,
-            "clip_2": tower_2_variables,
-            "t5": encoder_variables,
-        },
-        tokenizers=(first, second, third),
-        # As in diffusers, the first tokenizer's length holds for both CLIP towers.
-        clip_length=min(first.model_max_length, positions),
-        t5_length=min(third.model_max_length, MAX_T5_LENGTH),
-    )
+    family = read_family(root)
+    t5_length = t5_length or family.t5_length
+    classes = present_text_encoders(root, family)
+    towers = {
+        family.towers[part]: _load_tower(root, part, name, t5_length, dtype, variant)
+        for part, name in classes.items()
+    }
+    if family.name == "flux":
+        return TextStack(towers, flux_conditioning)
+    # As in diffusers, the first tokenizer's length holds for both CLIP towers.
+    shortest = min(towers[name].length for name in ("clip", "clip_2"))
+    for name in ("clip", "clip_2"):
+        towers[name] = dataclasses.replace(towers[name], length=shortest)
+    width = read_json(root / "transformer" / "config.json").get("joint_attention_dim", 4096)
+    return TextStack(towers, sd3_conditioning(t5_length, width))

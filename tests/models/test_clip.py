@@ -167,7 +167,7 @@ def test_too_many_tokens_and_wrong_image_size_are_errors():
         jax.eval_shape(vision.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
 
 
-def test_bf16_and_remat_stay_near_fp32():
+def test_bf16_stays_near_fp32():
     config = clip.CLIPTextConfig.from_dict(TEXT)
     ids = token_ids(11, eos_at=5)
     module = clip.CLIPTextModel(config)
@@ -177,14 +177,6 @@ def test_bf16_and_remat_stay_near_fp32():
     half = jax.jit(clip.CLIPTextModel(config, dtype=jnp.bfloat16).apply)(variables, ids)
     assert half.last_hidden.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.last_hidden.astype(np.float32), full.last_hidden, atol=0.1)
-
-    def gradient(remat):
-        model = clip.CLIPTextModel(config, remat=remat)
-        return jax.jit(jax.grad(lambda v: jnp.square(model.apply(v, ids).text_embeds).sum()))
-
-    plain, again = (gradient(remat)(variables) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), plain, again)
-    assert max(np.abs(a).max() for a in jax.tree.leaves(plain)) > 1.0
 
 
 def test_kernels_name_their_axes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
-from pec_jax.weights.convert import count_parameters, from_torch, to_torch
+from pec_jax.weights.convert import count_parameters, from_torch, leaves, to_torch
 from pec_jax.weights.pipeline import transformer_shapes
 
 SD35 = {
@@ -62,6 +63,27 @@ CASES = {
         12,
         5,
     ),
+    "sd3 2b: no dual attention, long run": (
+        SD35 | {"num_layers": 7, "dual_attention_layers": (), "qk_norm": None},
+        4,
+        6,
+        3,
+    ),
+    "sd35 large: qk norm without dual attention, big heads, tall": (
+        SD35
+        | {
+            "num_layers": 6,
+            "dual_attention_layers": (),
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "caption_projection_dim": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+        },
+        20,
+        2,
+        33,
+    ),
 }
 
 
@@ -79,7 +101,7 @@ def inputs(config: dict, height: int, width: int, length: int, batch: int = 2):
     rng = np.random.default_rng(0)
     arrays = (
         rng.normal(size=(batch, height, width, config["in_channels"])),
-        rng.uniform(0, 1000, size=(batch,)),
+        1000 * rng.integers(1, 1024, size=(batch,)) / 1024,  # exact after a division by 1000
         rng.normal(size=(batch, length, config["joint_attention_dim"])),
         rng.normal(size=(batch, config["pooled_projection_dim"])),
     )
@@ -89,12 +111,25 @@ def inputs(config: dict, height: int, width: int, length: int, batch: int = 2):
 def torch_velocity(model, x, timestep, tokens, pooled) -> np.ndarray:
     with torch.no_grad():
         out = model(
-            hidden_states=torch.from_numpy(x).permute(0, 3, 1, 2),
+            hidden_states=torch.from_numpy(x).permute(0, 3, 1, 2).to(model.dtype),
             timestep=torch.from_numpy(timestep),
-            encoder_hidden_states=torch.from_numpy(tokens),
-            pooled_projections=torch.from_numpy(pooled),
+            encoder_hidden_states=torch.from_numpy(tokens).to(model.dtype),
+            pooled_projections=torch.from_numpy(pooled).to(model.dtype),
         ).sample
-    return out.permute(0, 2, 3, 1).numpy()
+    return out.permute(0, 2, 3, 1).float().numpy()
+
+
+def full_size_names(ours, network: type, **config):
+    """(our number of parameters, our tensors' names and shapes, diffusers' on the meta device)."""
+    abstract = transformer_shapes(ours)
+    names = {
+        name: leaf.torch_shape(value.shape)
+        for leaf, value in leaves(abstract)
+        for name in leaf.names
+    }
+    with torch.device("meta"):
+        theirs = network(**config).state_dict()
+    return count_parameters(abstract), names, {n: tuple(t.shape) for n, t in theirs.items()}
 
 
 @pytest.fixture(scope="module", params=list(CASES), ids=list(CASES))
@@ -115,6 +150,14 @@ class TestDiffusersAgrees:
         found = jax.jit(ours.apply)(variables, *arrays)
         assert found.dtype == jnp.float32
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+    def test_bf16_is_no_worse_than_torchs_own(self, pair):
+        ours, variables, theirs, arrays = pair
+        exact = torch_velocity(theirs, *arrays)
+        low = MMDiT(ours.config, dtype=jnp.bfloat16)
+        found = np.asarray(jax.jit(low.apply)(variables, *arrays))
+        half = torch_velocity(copy.deepcopy(theirs).to(torch.bfloat16), *arrays)
+        assert np.abs(found - exact).mean() < 2 * np.abs(half - exact).mean()
 
     @pytest.mark.parametrize("pair", ["sd3, not square, odd number of tokens"], indirect=True)
     def test_gradient_by_the_latents(self, pair):
@@ -155,6 +198,52 @@ class TestDiffusersAgrees:
         np.testing.assert_allclose(table, theirs.pos_embed.pos_embed.numpy(), atol=1e-6)
 
 
+# The published models: name -> (parameters, transformer/config.json where it is not the default).
+PUBLISHED = {
+    "sd3 medium": (
+        2_028_328_000,
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+    ),
+    "sd3.5 medium": (
+        2_243_171_520,
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "sd3.5 large": (
+        8_056_627_520,
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_at_full_size(name):
+    """Count, names and shapes, without the memory."""
+    parameters, config = PUBLISHED[name]
+    count, ours, theirs = full_size_names(
+        MMDiT(MMDiTConfig.from_dict(config)), diffusers.SD3Transformer2DModel, **config
+    )
+    assert count == parameters
+    assert ours == theirs
+
+
 @pytest.fixture(scope="module")
 def model():
     config = MMDiTConfig.from_dict(SD35)
@@ -190,7 +279,7 @@ class TestNetwork:
         arrays = inputs(SD35, 4, 4, 3)
         variables = perturbed(nn.unbox(jax.jit(MMDiT(config).init)(jax.random.key(0), *arrays)))
         gradients = []
-        for remat in (False, True):
+        for remat in ("none", "full"):
             network = MMDiT(config, remat=remat)
             gradients.append(
                 jax.jit(jax.grad(lambda v, n=network: (n.apply(v, *arrays) ** 2).mean()))(variables)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pec_jax.models import clip, t5
-from pec_jax.models.text import TextStack, join
+from pec_jax.models.text import TextStack, TextTower, flux_conditioning, join, sd3_conditioning
 
 EOS, PAD, VOCAB = 1, 0, 40
 
@@ -50,14 +50,17 @@ def stack() -> TextStack:
         name: nn.unbox(module.init(jax.random.key(i), ids))
         for i, (name, module) in enumerate(modules.items())
     }
-    return TextStack(
-        **modules,
-        variables=variables,
-        tokenizers=(WordTokenizer(),) * 3,
-        clip_length=6,
-        t5_length=9,
-        batch_size=4,
-    )
+    lengths = {"clip": 6, "clip_2": 6, "t5": 9}
+    towers = {
+        name: TextTower(module, variables[name], WordTokenizer(), lengths[name])
+        for name, module in modules.items()
+    }
+    return TextStack(towers, sd3_conditioning(9, 40), batch_size=4)
+
+
+def output(stack: TextStack, name: str, ids):
+    tower = stack.towers[name]
+    return tower.module.apply(tower.variables, ids[name])
 
 
 def test_join_puts_clip_before_t5_and_fills_with_zeros():
@@ -80,17 +83,32 @@ def test_join_needs_room_for_both_towers():
 def test_each_tower_stands_where_it_should(stack):
     prompts = ["one three", "a fairly longish prompt"]
     ids = stack.tokenize(prompts)
-    out = stack.clip.apply(stack.variables["clip"], ids.clip)
-    out_2 = stack.clip_2.apply(stack.variables["clip_2"], ids.clip_2)
+    out, out_2 = output(stack, "clip", ids), output(stack, "clip_2", ids)
     conditioning = stack.encode(prompts)
-    assert conditioning.tokens.shape == (2, stack.num_tokens, 40) == (2, 15, 40)
+    assert conditioning.tokens.shape == (2, 15, 40)
     np.testing.assert_allclose(conditioning.tokens[:, :6, :16], out.penultimate, atol=1e-5)
     np.testing.assert_allclose(conditioning.tokens[:, :6, 16:32], out_2.penultimate, atol=1e-5)
     assert not conditioning.tokens[:, :6, 32:].any()
-    encoded = stack.t5.apply(stack.variables["t5"], ids.t5)
+    encoded = output(stack, "t5", ids)
     np.testing.assert_allclose(conditioning.tokens[:, 6:], encoded, atol=1e-5)
     np.testing.assert_allclose(conditioning.pooled[:, :8], out.text_embeds, atol=1e-5)
     np.testing.assert_allclose(conditioning.pooled[:, 8:], out_2.text_embeds, atol=1e-5)
+
+
+def test_without_t5_zeros_stand_in_its_place(stack):
+    towers = {name: stack.towers[name] for name in ("clip", "clip_2")}
+    found = TextStack(towers, stack.combine).encode(["one three"])
+    whole = stack.encode(["one three"])
+    np.testing.assert_allclose(found.tokens[:, :6], whole.tokens[:, :6], atol=1e-5)
+    assert found.tokens.shape == whole.tokens.shape and not found.tokens[:, 6:].any()
+
+
+def test_flux_takes_t5s_tokens_and_clips_end_of_text(stack):
+    towers = {name: stack.towers[name] for name in ("clip", "t5")}
+    flux = TextStack(towers, flux_conditioning)
+    found, ids = flux.encode(["one three"]), flux.tokenize(["one three"])
+    np.testing.assert_allclose(found.tokens, output(flux, "t5", ids), atol=1e-5)
+    np.testing.assert_allclose(found.pooled, output(flux, "clip", ids).pooled, atol=1e-5)
 
 
 def test_result_does_not_depend_on_the_batch(stack):
@@ -113,9 +131,9 @@ def test_a_prompt_too_long_for_one_encoder_warns_once(stack):
         ids = stack.tokenize(["a b c d e f", "a b c d e f", "a"])
     message = str(caught[0].message)
     assert len(caught) == 1
-    assert "1 of 2 prompts" in message and "'a b c d e f'" in message and "CLIP 6" in message
-    assert ids.clip.shape == (3, 6) and ids.t5.shape == (3, 9)
-    assert ids.t5[0, 6] == EOS  # T5 had room for it
+    assert "1 of 2 prompts" in message and "'a b c d e f'" in message and "clip 6" in message
+    assert ids["clip"].shape == (3, 6) and ids["t5"].shape == (3, 9)
+    assert ids["t5"][0, 6] == EOS  # T5 had room for it
 
 
 def test_no_prompts_is_an_error(stack):

@@ -1,0 +1,149 @@
+"""Prompt embeddings on disk: made once by `pec_jax.embed`, read row by row while training.
+
+A directory holds `index.json` (prompts, sizes, the fingerprint of the text encoders) and parts
+`embeddings-00000.safetensors`, ... of PART prompts each. A part appears whole or not at all, so
+that an interrupted run goes on where it stopped. T5-XXL then need not live beside the policy, and
+a set of prompts may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from pec_jax.types import Conditioning
+from pec_jax.weights.tensors import WeightsError, read_json, write_json, write_tensors
+
+PART = 64  # prompts a file
+INDEX = "index.json"
+_BLOCK = 1 << 22
+
+
+def fingerprint(root: Path, parts: Iterable[str], settings: dict[str, Any]) -> str:
+    """SHA-256 over all files of the text encoders and tokenizers, and how they are used.
+
+    Args:
+        root: the pipeline's directory.
+        parts: component directories, such as "text_encoder" and "tokenizer".
+        settings: what else changes an embedding: lengths and precision.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for part in sorted(parts):
+        for path in sorted(p for p in (root / part).rglob("*") if p.is_file()):
+            digest.update(str(path.relative_to(root)).encode() + b"\0")
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+class EmbeddingStore:
+    """Embeddings of known prompts, read when asked for."""
+
+    def __init__(self, directory: str | Path):
+        """Opens a finished store.
+
+        Raises:
+            WeightsError: there is none, it is unfinished, or it is damaged.
+        """
+        self.directory = Path(directory)
+        index = read_json(self.directory / INDEX)
+        prompts = index.get("prompts")
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+            raise WeightsError(f"{self.directory / INDEX}: has no list of prompts; embed anew")
+        self.fingerprint = str(index.get("fingerprint"))
+        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        for number in range(-(-len(prompts) // PART)):
+            if not (path := _part(self.directory, number)).is_file():
+                raise WeightsError(
+                    f"{path}: missing; run pec_jax.embed again with the same flags to finish it"
+                )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, prompts: Sequence[str]) -> np.ndarray:
+        """The rows [N] of prompts.
+
+        Raises:
+            WeightsError: a prompt that was not embedded.
+        """
+        missing = [prompt for prompt in prompts if prompt not in self._rows]
+        if missing:
+            raise WeightsError(
+                f"{self.directory}: {len(missing)} prompts are not embedded there, such as "
+                f"{missing[0]!r}; run pec_jax.embed with all prompt files of the config"
+            )
+        return np.array([self._rows[prompt] for prompt in prompts], np.int64)
+
+    def gather(self, rows: np.ndarray) -> Conditioning:
+        """The embeddings of some rows [N], fp32 NumPy arrays."""
+        tokens, pooled = zip(*(self._read(int(row)) for row in rows))
+        return Conditioning(np.stack(tokens), np.stack(pooled))  # type: ignore[arg-type]
+
+    def _read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        path = _part(self.directory, row // PART)
+        try:
+            with safetensors.safe_open(path, framework="numpy") as part:
+                tokens, pooled = (part.get_slice(n)[row % PART] for n in ("tokens", "pooled"))
+        except (safetensors.SafetensorError, OSError, IndexError) as error:
+            raise WeightsError(f"{path}: damaged ({error}); delete it and embed again") from error
+        return tokens.astype(np.float32), pooled.astype(np.float32)
+
+
+def write_store(
+    directory: str | Path,
+    prompts: Sequence[str],
+    mark: str,
+    encode: Callable[[Sequence[str]], Conditioning],
+    *,
+    dtype: Any = np.float32,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> int:
+    """Embeds prompts, part by part; parts that are there already are passed over.
+
+    Args:
+        directory: created if absent.
+        prompts: N prompts; repeated ones are stored once.
+        mark: the encoders' `fingerprint`.
+        encode: prompts -> Conditioning.
+        dtype: in which embeddings are stored.
+        progress: wraps the numbers of the parts that are still to be made.
+
+    Returns:
+        How many parts were made now.
+
+    Raises:
+        WeightsError: the directory holds other prompts or was made by other encoders.
+    """
+    directory, prompts = Path(directory), list(dict.fromkeys(prompts))
+    index = {"fingerprint": mark, "prompts": prompts}
+    path = directory / INDEX
+    if path.is_file() and read_json(path) != index:
+        raise WeightsError(
+            f"{directory}: holds embeddings of other prompts or of other text encoders; "
+            "choose another --out"
+        )
+    write_json(path, index)
+    numbers = range(-(-len(prompts) // PART))
+    missing = [number for number in numbers if not _part(directory, number).is_file()]
+    for number in progress(missing):
+        part = encode(prompts[number * PART : (number + 1) * PART])
+        arrays = {
+            name: np.asarray(array).astype(dtype)
+            for name, array in (("tokens", part.tokens), ("pooled", part.pooled))
+        }
+        write_tensors(directory, arrays, _part(directory, number).stem)
+    return len(missing)
+
+
+def _part(directory: Path, number: int) -> Path:
+    return directory / f"embeddings-{number:05d}.safetensors"

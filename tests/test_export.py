@@ -1,0 +1,257 @@
+"""A trained run in diffusers: both kinds of export against our own sampler, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+
+from pec_jax import exporting, sampling
+from pec_jax.assemble import make_optimizer, trainable_params
+from pec_jax.assets import SHAPES_DIRECTORY
+from pec_jax.checkpoint import Checkpointer
+from pec_jax.config import from_config_dict, to_dict
+from pec_jax.errors import RunError
+from pec_jax.program import initial_state
+from pec_jax.train import train
+from pec_jax.weights.pipeline import load_pipeline
+from pec_jax.weights.tensors import WeightsError, read_file, write_json
+from tests.conftest import ROOT, small_config_dict
+
+PROMPTS = ("a small red circle on a dark background", "a large blue cross at the top")
+LENGTH = 14  # tokens of the embedded T5
+LORA, WEIGHTS = "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_matmuls():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """A finished run of two iterations that changed the model visibly."""
+    directory = tmp_path_factory.mktemp("lora")
+    config = small_config_dict()
+    config.num_iterations = 2
+    config.trainable.alpha = 6.0
+    config.optimizer.learning_rate = 0.1
+    config.schedule.update({"sample_every": 0, "checkpoint_every": 0, "eval_every": 0})
+    train(config, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    """The directory of a run that has moved every weight, without the training."""
+    directory = tmp_path_factory.mktemp("full")
+    config = small_config_dict()
+    config.trainable.mode = "full"
+    config = from_config_dict(config)
+    write_json(directory / "config.json", to_dict(config))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: a * (1 + 0.05 * rng.normal(size=a.shape).astype(np.float32)),
+        trainable_params(config, load_pipeline(SHAPES_DIRECTORY, text=False)),
+    )
+    checkpointer = Checkpointer(directory / "checkpoints", keep=None)
+    checkpointer.save(initial_state(params, make_optimizer(config), 0.0))
+    checkpointer.close()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    latents = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    np.save(path := tmp_path_factory.mktemp("latents") / "start.npy", latents)
+    return latents, path
+
+
+def ours(start, out, lora=None, *, use_ema: bool = True):
+    """Final latents [N, C, h, w] of the sample command."""
+    request = sampling.Request(
+        model="shapes",
+        prompts=PROMPTS,
+        lora=lora and str(lora),
+        use_ema=use_ema,
+        num_images=1,
+        num_steps=STEPS,
+        init_latents=str(start[1]),
+        guidance=4.5,
+    )
+    sampling.run(request, out)
+    return np.load(out / "latents.npy")
+
+
+def theirs(start, lora=None, **parts):
+    """Final latents [N, C, h, w] of diffusers."""
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(SHAPES_DIRECTORY, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora)
+    return pipe(
+        list(PROMPTS),
+        latents=torch.from_numpy(start[0]),
+        num_inference_steps=STEPS,
+        guidance_scale=4.5,
+        max_sequence_length=LENGTH,
+        output_type="latent",
+    ).images.numpy()
+
+
+def relative(a, b):
+    """Largest difference in units of the reference's standard deviation."""
+    return np.abs(a - b).max() / b.std()
+
+
+def command(*flags):
+    """(exit status, everything printed) of the export command."""
+    process = subprocess.run(
+        [sys.executable, "-m", "pec_jax.export", *flags],
+        cwd=ROOT,
+        env=dict(os.environ, JAX_PLATFORMS="cpu"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return process.returncode, process.stdout + process.stderr
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_a_lora_samples_the_same_in_diffusers(tmp_path, lora_run, start, use_ema):
+    out = tmp_path / "new" / "lora"
+    code, output = command(
+        f"--workdir={lora_run}", "--kind=lora", f"--out={out}", f"--use_ema={use_ema}"
+    )
+    assert code == 0, output
+    assert "pipe.load_lora_weights" in output
+    assert names(out) == [LORA]
+    expected = ours(start, tmp_path / "run", lora_run, use_ema=use_ema)
+    assert relative(expected, ours(start, tmp_path / "base")) > 0.05
+    assert relative(theirs(start, lora=out), expected) < 1e-3
+    assert relative(ours(start, tmp_path / "file", out), expected) < 1e-4
+
+
+def test_a_transformer_samples_the_same_in_diffusers(tmp_path, lora_run, start):
+    out = tmp_path / "merged"
+    code, output = command(f"--workdir={lora_run}", "--kind=transformer", f"--out={out}")
+    assert code == 0, output
+    assert "SD3Transformer2DModel.from_pretrained" in output
+    assert names(out) == ["config.json", WEIGHTS]
+    transformer = diffusers.SD3Transformer2DModel.from_pretrained(out)
+    expected = ours(start, tmp_path / "run", lora_run)
+    assert relative(theirs(start, transformer=transformer), expected) < 1e-3
+
+
+def test_a_run_that_trained_everything(tmp_path, full_run, start):
+    out = tmp_path / "full"
+    exporting.run(full_run, "transformer", out)
+    transformer = diffusers.SD3Transformer2DModel.from_pretrained(out)
+    expected = ours(start, tmp_path / "run", full_run)
+    assert relative(expected, ours(start, tmp_path / "base")) > 0.05
+    assert relative(theirs(start, transformer=transformer), expected) < 1e-3
+    with pytest.raises(RunError, match=r"no LoRA: use --kind=transformer"):
+        exporting.run(full_run, "lora", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(("kind", "file"), [("lora", LORA), ("transformer", WEIGHTS)])
+def test_bfloat16(tmp_path, lora_run, kind, file):
+    exporting.run(lora_run, kind, tmp_path / "exact")
+    exporting.run(lora_run, kind, tmp_path / "rounded", dtype="bfloat16")
+    exact, rounded = (read_file(tmp_path / name / file) for name in ("exact", "rounded"))
+    assert set(exact) == set(rounded)
+    for name, value in exact.items():
+        assert value.dtype == np.float32 and rounded[name].dtype.name == "bfloat16"
+        np.testing.assert_array_equal(rounded[name], value.astype(rounded[name].dtype))
+
+
+def test_an_export_replaces_an_export_of_its_kind_only(tmp_path, lora_run):
+    exporting.run(lora_run, "lora", tmp_path)
+    before = (tmp_path / LORA).read_bytes()
+    exporting.run(lora_run, "lora", tmp_path, use_ema=False)
+    assert names(tmp_path) == [LORA] and (tmp_path / LORA).read_bytes() != before
+    with pytest.raises(RunError, match="only an earlier export of kind transformer"):
+        exporting.run(lora_run, "transformer", tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RunError, match=r"only an earlier export of kind lora .* choose another"):
+        exporting.run(lora_run, "lora", tmp_path)
+
+
+def test_what_others_wrote_is_not_replaced(tmp_path, lora_run):
+    """A base model's transformer directory looks like an export, but is none."""
+    for name in ("config.json", WEIGHTS):
+        (tmp_path / name).write_bytes((SHAPES_DIRECTORY / "transformer" / name).read_bytes())
+    with pytest.raises(RunError, match="is not empty"):
+        exporting.run(lora_run, "transformer", tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    with pytest.raises(WeightsError, match="truncated"):
+        exporting.run(lora_run, "transformer", tmp_path)
+
+
+def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, lora_run, monkeypatch):
+    exporting.run(lora_run, "transformer", tmp_path / "out")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        exporting.run(lora_run, "transformer", tmp_path / "out")
+    monkeypatch.undo()
+    assert names(tmp_path / "out") == [WEIGHTS]  # the old one, and no longer a whole model
+    exporting.run(lora_run, "transformer", tmp_path / "out")
+    assert names(tmp_path / "out") == ["config.json", WEIGHTS]
+
+
+def test_a_directory_that_is_no_run_is_answered(tmp_path, lora_run):
+    exporting.run(lora_run, "transformer", tmp_path)
+    with pytest.raises(RunError, match=r"config\.json is not the config of a run"):
+        exporting.run(tmp_path, "lora", tmp_path / "out")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"config\.json: not valid JSON"):
+        exporting.run(tmp_path, "lora", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--workdir=/no/such/run"], ["/no/such/run", "not a run directory"]),
+        (["--workdir={empty}"], ["holds no checkpoint yet"]),
+        (["--workdir={run}", "--kind=lorra"], ["'lorra'", "Did you mean 'lora'", "transformer"]),
+        (["--workdir={run}", "--out=/proc/nothing/here"], ["/proc/nothing"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(tmp_path, lora_run, flags, words):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    config = json.dumps(to_dict(from_config_dict(small_config_dict())))
+    (empty / "config.json").write_text(config)
+    given = [flag.format(empty=empty, run=lora_run) for flag in flags]
+    code, output = command(*["--kind=lora", f"--out={tmp_path / 'out'}", *given])
+    assert code == 2, output
+    assert "Traceback" not in output
+    for word in words:
+        assert word in output
+
+
+def test_help_and_missing_flags():
+    code, output = command("--kind=lora")
+    assert code != 0 and "--workdir is missing" in output and "Traceback" not in output
+    _, output = command("--help")
+    for flag in ("workdir", "kind", "out", "use_ema", "dtype"):
+        assert f"--{flag}" in output or f"--[no]{flag}" in output
