@@ -21,7 +21,8 @@ GUIDANCE = 3.5
 def family_config(root):
     config = small_config_dict()
     config.num_iterations = 2
-    config.model.path = str(root)
+    # FLUX does not say for which size it was trained: diffusers takes 128 latent pixels.
+    config.model.update({"path": str(root), "height": 32, "width": 32})
     config.sampler.guidance = GUIDANCE
     config.perception.update({"k": 1})
     config.constraint.update({"name": "pec", "weight": 1.0, "unit": "reward_std"})
