@@ -189,9 +189,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--transformer is not JSON: {error}") from None
     with exit_with_sentence():
         out = write_pipeline(Path(_OUT.value).expanduser(), _FAMILY.value, config, seed=_SEED.value)
-        print(
-            f"{out}: try python -m pec_jax.sample --model={out} --height=32 --width=32 --prompt=... --out=..."
-        )
+        print(f"{out} is written; its images are 32 pixels wide: --height=32 --width=32.")
 
 
 if __name__ == "__main__":
