@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 
@@ -25,6 +26,15 @@ from pec_jax.weights.text import load_text_stack, load_tokenizer
 
 CAPTIONS = ["a small red circle on a dark background", "a large blue square at the top", "a shape"]
 T5_WIDTH = 80
+MODEL_INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+}
 
 
 def clip_tower(vocab: int, eos: int, **changes) -> CLIPTextModelWithProjection:
@@ -71,6 +81,10 @@ def directory(tmp_path_factory):
             for p in model.parameters():
                 p += 0.02 * torch.randn(p.shape)
         model.eval().save_pretrained(root / name)
+    (root / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    (root / "transformer").mkdir()
+    transformer = {"joint_attention_dim": T5_WIDTH}
+    (root / "transformer" / "config.json").write_text(json.dumps(transformer))
     return root
 
 
