@@ -104,6 +104,30 @@ class ViTEmbeddings(nn.Module):
         return jnp.concatenate([token, x], axis=1) + positions
 
 
+def self_attention(h: Array, heads: int, use_bias: bool) -> Array:
+    """Unmasked attention of normalised tokens [N, L, D] among themselves, with its projections.
+
+    To be called inside a compact method, whose module then owns the projections; DINO and DINOv2
+    name them alike.
+    """
+    width, dtype = h.shape[-1], h.dtype
+    q, k, v = (
+        split_heads(
+            Dense(
+                width,
+                use_bias=use_bias,
+                dtype=dtype,
+                kernel_axes=("embed", "heads"),
+                name=f"attention.attention.{name}",
+            )(h),
+            heads,
+        )
+        for name in ("query", "key", "value")
+    )
+    out = Dense(width, dtype=dtype, kernel_axes=("heads", "embed"), name="attention.output.dense")
+    return out(merge_heads(attention(q, k, v)))
+
+
 class ViTLayer(nn.Module):
     """One pre-norm transformer layer, not masked."""
 
@@ -114,21 +138,7 @@ class ViTLayer(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, None]:
         c = self.config
         h = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layernorm_before")(x)
-        q, k, v = (
-            split_heads(
-                Dense(
-                    c.hidden_size,
-                    use_bias=c.qkv_bias,
-                    dtype=self.dtype,
-                    kernel_axes=("embed", "heads"),
-                    name=f"attention.attention.{name}",
-                )(h),
-                c.num_attention_heads,
-            )
-            for name in ("query", "key", "value")
-        )
-        h = merge_heads(attention(q, k, v))
-        x = x + self._linear(c.hidden_size, "attention.output.dense", ("heads", "embed"))(h)
+        x = x + self_attention(h, c.num_attention_heads, c.qkv_bias)
         h = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layernorm_after")(x)
         h = self._linear(c.intermediate_size, "intermediate.dense", ("embed", "mlp"))(h)
         h = activation(c.hidden_act)(constrain(h, "batch", "tokens", "mlp"))

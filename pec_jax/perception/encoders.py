@@ -1,7 +1,7 @@
 """Perceptual encoders: decoded images to features, in the graph.
 
-An encoder is a Hugging Face directory of a CLIP model (PickScore is one) or of a ViT such as
-DINO: weights, `preprocessor_config.json` and, for CLIP, a tokenizer. Features are given as the
+An encoder is a Hugging Face directory of a CLIP model (PickScore is one), of a ViT such as DINO,
+or of a DINOv2: weights, `preprocessor_config.json` and, for CLIP, a tokenizer. Features are given as the
 model gives them; `unit` normalises them where the caller wants that.
 """
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.models import clip, vit
+from pec_jax.models import clip, dinov2, vit
 from pec_jax.perception.preprocessing import Preprocessor, to_uint8_levels
 from pec_jax.weights.tensors import read_json
 from pec_jax.weights.text import load_tokenizer, load_variables
@@ -92,8 +92,8 @@ def load_encoder(directory: str | Path, dtype: jnp.dtype = jnp.float32) -> Encod
     """Loads an encoder from a Hugging Face directory.
 
     Args:
-        directory: holds `config.json` (model_type "clip" or "vit"), `model.safetensors`,
-            `preprocessor_config.json`, and for CLIP the tokenizer's files.
+        directory: holds `config.json` (its model_type is one of `LOADERS`),
+            `model.safetensors`, `preprocessor_config.json`, and for CLIP the tokenizer's files.
         dtype: in which the network is kept and computes.
 
     Returns:
@@ -159,19 +159,39 @@ def _load_clip(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dt
 
 def _load_vit(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dtype) -> Encoder:
     settings = vit.ViTConfig.from_dict(config)
+    _check_size(root, preprocess, settings.image_size)
     model = vit.ViTModel(settings, dtype=dtype)
-    side = settings.image_size
-    _check_size(root, preprocess, side)
-    pixels = np.zeros((1, side, side, settings.num_channels), np.float32)
-    variables = load_variables(root, model, pixels, ignore=vit.IGNORED_TENSORS, dtype=dtype)
+    return _images_only(root, model, preprocess, vit.IGNORED_TENSORS)
+
+
+def _load_dinov2(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dtype) -> Encoder:
+    settings = dinov2.Dinov2Config.from_dict(config)
+    model = dinov2.Dinov2Model(settings, dtype=dtype)
+    return _images_only(root, model, preprocess, dinov2.IGNORED_TENSORS)
+
+
+def _images_only(
+    root: Path,
+    model: vit.ViTModel | dinov2.Dinov2Model,
+    preprocess: Preprocessor,
+    ignore: Sequence[str],
+) -> Encoder:
+    """An encoder whose features are its class token."""
+    c = model.config
+    pixels = np.zeros((1, c.image_size, c.image_size, c.num_channels), np.float32)
+    variables = load_variables(root, model, pixels, ignore=ignore, dtype=model.dtype)
 
     def image_features(params: PyTree, images: Array) -> Array:
         hidden: Any = model.apply(params, preprocess(images))
         return hidden[:, 0].astype(jnp.float32)
 
     return Encoder(
-        name=root.name, dim=settings.hidden_size, params=variables, image_features=image_features
+        name=root.name, dim=c.hidden_size, params=variables, image_features=image_features
     )
 
 
-LOADERS: dict[str, Callable[..., Encoder]] = {"clip": _load_clip, "vit": _load_vit}
+LOADERS: dict[str, Callable[..., Encoder]] = {
+    "clip": _load_clip,
+    "vit": _load_vit,
+    **dict.fromkeys(dinov2.MODEL_TYPES, _load_dinov2),
+}

@@ -13,24 +13,31 @@ the caller's business (`to_uint8_levels`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax.models.resampling import FILTERS, resize_weights
+
 Array = jax.Array
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SHORTEST_EDGE: dict[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+# What a file leaves out is as in its own class: CLIPImageProcessor, ViTImageProcessor, and
+# BitImageProcessor, which DINOv2 uses and whose defaults are CLIP's.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "clip": {
-        "size": {"shortest_edge": 224},
-        "resample": 3,
-        "do_center_crop": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    },
+    "clip": SHORTEST_EDGE,
+    "dinov2": SHORTEST_EDGE,
+    "dinov2_with_registers": SHORTEST_EDGE,
     "vit": {
         "size": {"height": 224, "width": 224},
         "resample": 2,
@@ -39,53 +46,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": (0.5, 0.5, 0.5),
     },
 }
-
-
-def _bilinear(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1.0 - np.abs(x), 0.0)
-
-
-def _bicubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -1/2 (torch's has -3/4)."""
-    a, x = -0.5, np.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-# Pillow's number of a filter -> the filter and its half-width.
-FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
-    2: (_bilinear, 1.0),
-    3: (_bicubic, 2.0),
-}
-
-
-def resize_weights(size: int, new_size: int, resample: int) -> np.ndarray:
-    """The matrix that resamples one axis, smoothed by the scale where it shrinks.
-
-    Args:
-        size: pixels of the axis.
-        new_size: pixels wanted.
-        resample: Pillow's number of the filter, 2 (bilinear) or 3 (bicubic).
-
-    Returns:
-        [new_size, size] float64; rows sum to one, also at the borders, where the filter is cut.
-
-    Source: Keys 1981, "Cubic Convolution Interpolation for Digital Image Processing", equation 4
-    with a = -1/2; cutting and scaling of the filter as in Pillow's `Image.resize`.
-    """
-    function, half_width = FILTERS[resample]
-    scale = size / new_size
-    stretch = max(scale, 1.0)
-    centers = (np.arange(new_size) + 0.5) * scale
-    # Pillow cuts the filter at whole pixels, half a pixel around its support.
-    first = np.floor(centers - half_width * stretch + 0.5)
-    last = np.floor(centers + half_width * stretch + 0.5)
-    pixels = np.arange(size)
-    weights = function((pixels[None, :] + 0.5 - centers[:, None]) / stretch)
-    inside = (pixels[None, :] >= first[:, None]) & (pixels[None, :] < last[:, None])
-    weights = np.where(inside, weights, 0.0)
-    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _straight_through(value: Array, x: Array) -> Array:
@@ -174,7 +134,7 @@ class Preprocessor:
 
         Args:
             values: the dictionary.
-            kind: "clip" or "vit", for the entries that the file leaves out.
+            kind: the model_type of config.json, for the entries that the file leaves out.
 
         Returns:
             The preprocessor.

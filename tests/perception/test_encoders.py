@@ -163,7 +163,13 @@ def test_unit_features():
 @pytest.mark.parametrize(
     "file, key, value, error, message",
     [
-        ("config.json", "model_type", "siglip", ValueError, "'siglip' .* known: 'clip', 'vit'"),
+        (
+            "config.json",
+            "model_type",
+            "siglip",
+            ValueError,
+            "'siglip' .* known: 'clip', 'vit', 'dinov2'",
+        ),
         ("config.json", "image_size", 40, ValueError, r"makes images of \(32, 32\)"),
         ("config.json", "hidden_size", 48, WeightsError, r"expected \[1, 1, 48\]"),
         ("preprocessor_config.json", "resample", 5, ValueError, "resample = 5"),
