@@ -1,8 +1,8 @@
 """Perceptual encoders: decoded images to features, in the graph.
 
 An encoder is a Hugging Face directory of a CLIP model (PickScore is one), of a ViT such as DINO,
-or of a DINOv2: weights, `preprocessor_config.json` and, for CLIP, a tokenizer. Features are given as the
-model gives them; `unit` normalises them where the caller wants that.
+or of a DINOv2: weights, `preprocessor_config.json` and, for CLIP, a tokenizer. Features are given
+as the model gives them; `unit` normalises them where the caller wants that.
 """
 
 from __future__ import annotations
