@@ -99,7 +99,7 @@ def example_inputs(module) -> tuple[np.ndarray, ...]:
 def test_number_of_parameters(name):
     with torch.device("meta"):
         theirs = PUBLISHED[name](None)
-    module, ignored, _ = our_network(json.loads(theirs.config.to_json_string(use_diff=False)))
+    module, _, _ = our_network(json.loads(theirs.config.to_json_string(use_diff=False)))
     abstract = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
     expected = sum(p.numel() for n, p in theirs.named_parameters() if not n.endswith("mask_token"))
     assert sum(a.size for a in jax.tree.leaves(abstract)) == expected
