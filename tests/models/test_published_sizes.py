@@ -51,10 +51,12 @@ def make_vit(layers: int | None) -> torch.nn.Module:
 
 
 def make_dinov2(layers: int | None, width: int, depth: int, **options) -> torch.nn.Module:
-    config = transformers.Dinov2WithRegistersConfig if options.pop("registers", 0) else None
-    network = transformers.Dinov2WithRegistersModel if config else transformers.Dinov2Model
+    network, config = transformers.Dinov2Model, transformers.Dinov2Config
+    if "num_register_tokens" in options:
+        network = transformers.Dinov2WithRegistersModel
+        config = transformers.Dinov2WithRegistersConfig
     return network(
-        (config or transformers.Dinov2Config)(
+        config(
             hidden_size=width,
             num_hidden_layers=layers or depth,
             num_attention_heads=width // 64,
@@ -72,13 +74,15 @@ PUBLISHED = {
     "PickScore_v1": lambda layers: make_clip(layers, **CLIP_H),
     "dino-vitb16": make_vit,
     "dinov2-base": lambda layers: make_dinov2(layers, 768, 12),
-    "dinov2-with-registers-large": lambda layers: make_dinov2(layers, 1024, 24, registers=4),
+    "dinov2-with-registers-large": lambda layers: make_dinov2(
+        layers, 1024, 24, num_register_tokens=4
+    ),
     "dinov2-giant": lambda layers: make_dinov2(layers, 1536, 40, use_swiglu_ffn=True),
 }
 
 
 def our_network(values: dict):
-    """(module, tensors to ignore, image features of a batch of pixels)."""
+    """(module, patterns of tensors to ignore, the method that gives image features or None)."""
     if values["model_type"] == "clip":
         module = clip.CLIPModel(clip.CLIPConfig.from_dict(values))
         return module, clip.IGNORED_TENSORS, "get_image_features"
