@@ -72,7 +72,22 @@ def get_config() -> ConfigDict:
             "at": "final",
         }
     )
-    config.constraint = ConfigDict({"name": "none", "weight": 0.0, "unit": "raw"})
+    config.constraint = ConfigDict(
+        {
+            "name": "none",
+            "space": "perceptual",
+            "weight": 0.0,
+            "unit": "raw",
+            "clip_ratio": 1.4,  # DAPO's 0.28 against 0.2
+            "cov_band": (0.8, 1.0),
+            "cov_share": 0.2,
+            "kl_as": "reward",  # the paper's finding; "loss" is its comparison
+            "gradient": "score",
+            "target": 0.9,
+            "rate": 0.3,
+            "base_batches": 16,
+        }
+    )
     config.grpo = ConfigDict(
         {
             "clip_low": 1e-4,

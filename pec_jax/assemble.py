@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pec_jax.data.embeddings import Embeddings, PromptTable
 from pec_jax.data.prompts import Prompt, load_prompts
 from pec_jax.flow import schedule
 from pec_jax.flow.transition import KERNELS, schedule_stds
-from pec_jax.grpo.constraints import CONSTRAINTS, get_constraint
+from pec_jax.grpo.constraints import CONSTRAINTS, check_options, get_constraint
 from pec_jax.models import lora
 from pec_jax.perception.encoders import Encoder, load_encoder
 from pec_jax.perception.entropy import (
@@ -33,7 +34,7 @@ from pec_jax.perception.entropy import (
     scale_features,
     schedule_bandwidth,
 )
-from pec_jax.program import Frozen, Program
+from pec_jax.program import Frozen, Program, constraint_options
 from pec_jax.rewards import base as rewards
 from pec_jax.types import Array, Conditioning, PyTree
 from pec_jax.weights.hub import model_directory
@@ -164,10 +165,18 @@ def _check_names(config: Config) -> None:
         ("sampler.kernel", config.sampler.kernel, KERNELS),
         ("constraint.name", config.constraint.name, CONSTRAINTS),
         ("perception.estimator", config.perception.estimator, ESTIMATORS),
-        ("perception.encoder", config.perception.encoder, config.encoders),
     ):
         if value not in valid:
             raise ConfigError(f"config.{field}: " + unknown("name", value, valid))
+    for name in perception_spaces(config):
+        if name not in config.encoders:
+            raise ConfigError(
+                "config.perception.encoder: " + unknown("name", name, config.encoders)
+            )
+    try:
+        check_options(get_constraint(config.constraint.name), constraint_options(config))
+    except ValueError as error:
+        raise ConfigError(f"config.constraint: {error}") from None
     for name in config.rewards:
         if name not in rewards.REGISTRY:
             raise ConfigError("config.rewards: " + unknown("reward", name, rewards.REGISTRY))
@@ -205,6 +214,7 @@ def _make_program(
         guide=generation.guide_function(pipeline),
         decode=generation.decode_function(pipeline),
         features={name: encoder.image_features for name, encoder in encoders.items()},
+        spaces=perception_spaces(config),
         surprisal=surprisal_function(config, stds[np.flatnonzero(stochastic)]),
         reward=reward,
         reward_encoder=reward_encoder,
@@ -216,9 +226,34 @@ def _make_program(
     )
 
 
-def surprisal_function(config: Config, step_std: Array) -> Callable[[Array], Array]:
-    """The configured estimator: raw features [P, K, d] -> surprisals [P, K]."""
-    perception = config.perception
+def perception_spaces(config: Config) -> dict[str, float]:
+    """Encoder name -> share of the sum, from "dino" or "dino + 0.5 * clip"; the shares sum to 1.
+
+    Raises:
+      ConfigError: not such a sum, or a share that is not positive.
+    """
+    text = config.perception.encoder
+    shares: dict[str, float] = {}
+    for term in text.split("+"):
+        factor, star, name = term.rpartition("*")
+        try:
+            share = float(factor) if star else 1.0
+        except ValueError:
+            share = math.nan
+        name = name.strip()
+        if not name or not 0 < share < math.inf or name in shares:
+            raise ConfigError(
+                f"config.perception.encoder is {text!r}; give an encoder's name, or a sum of "
+                "several with positive factors, such as 'dino + 0.5 * clip'."
+            )
+        shares[name] = share
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}
+
+
+def surprisal_function(config: Config, step_std: Array) -> Callable[[Mapping[str, Array]], Array]:
+    """The configured estimator: raw features {encoder: [..., K, d]} -> surprisals [..., K]."""
+    perception, spaces = config.perception, perception_spaces(config)
     options = {
         "gaussian": {"bandwidth": perception.bandwidth or float(schedule_bandwidth(step_std))},
         "logdet": {"eps": perception.eps},
@@ -227,7 +262,12 @@ def surprisal_function(config: Config, step_std: Array) -> Callable[[Array], Arr
     estimate = functools.partial(
         get_estimator(perception.estimator), **options[perception.estimator]
     )
-    return lambda features: estimate(scale_features(features, perception.scale))
+
+    def surprisal(features: Mapping[str, Array]) -> Array:
+        scaled = {name: scale_features(features[name], perception.scale) for name in spaces}
+        return sum(share * estimate(scaled[name]) for name, share in spaces.items())
+
+    return surprisal
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -250,7 +290,7 @@ def trainable_params(config: Config, pipeline: Pipeline) -> PyTree:
 
 
 # What the run's key is folded with for each use, so that no two share random numbers.
-_LORA_STREAM, TRAIN_STREAM, EVAL_STREAM = range(3)
+_LORA_STREAM, TRAIN_STREAM, EVAL_STREAM, BASE_STREAM = range(4)
 
 
 def stream_key(config: Config, stream: int) -> Array:

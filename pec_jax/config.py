@@ -82,22 +82,31 @@ class BatchConfig:
 class PerceptionConfig:
     """The feature space and the estimator of the perceptual entropy."""
 
-    encoder: str  # a name in `encoders`
+    encoder: str  # a name in `encoders`, or a sum such as "dino + 0.5 * clip"
     estimator: str  # gaussian | logdet | knn
     scale: str  # unit | unit_sqrt_d
     bandwidth: float  # gaussian: s; 0 takes the rms of the policy's own std ("schedule")
     eps: float  # logdet: ridge
     k: int  # knn: which neighbour
-    at: str  # final
+    at: str  # final: the finished image | steps: each trained step's prediction of it
 
 
 @dataclasses.dataclass(frozen=True)
 class ConstraintConfig:
-    """The diversity constraint and its weight."""
+    """The diversity constraint, its weight, and what single methods have besides."""
 
-    name: str  # none | kl | pec
-    weight: float  # lambda; of constraint kl, the beta of the KL loss
+    name: str  # a key of grpo.constraints.CONSTRAINTS
+    space: str  # perceptual | latent: where surprise is measured
+    weight: float  # lambda; of kl and kl_cov their beta; of pec_target where lambda starts
     unit: str  # raw | reward_std: what the weight is counted in
+    clip_ratio: float  # clip_higher: e_high is this times grpo.clip_high
+    cov_band: tuple[float, ...]  # clip_cov: quantiles between which losses are dropped
+    cov_share: float  # clip_cov: share of the band dropped; kl_cov: share of all penalised
+    kl_as: str  # reward | loss: how pcvae's divergence enters
+    gradient: str  # score | exact: of entropy_reg
+    target: float  # pec_target: exp(H*) as a share of the base model's exp(H_perc)
+    rate: float  # pec_target: change of lambda per nat and iteration
+    base_batches: int  # pec_target: batches of prompts over which the base model is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +295,10 @@ _CHOICES = {
     "trainable.mode": ("lora", "full"),
     "sampler.storage_dtype": ("float32", "bfloat16"),
     "perception.scale": ("unit", "unit_sqrt_d"),
-    "perception.at": ("final",),
+    "perception.at": ("final", "steps"),
+    "constraint.space": ("perceptual", "latent"),
+    "constraint.kl_as": ("reward", "loss"),
+    "constraint.gradient": ("score", "exact"),
     "constraint.unit": ("raw", "reward_std"),
     "grpo.advantage_std": ("group", "global"),
     "grpo.kl_form": ("exact", "flow_grpo"),
@@ -311,6 +323,11 @@ _RANGES = {
     "perception.eps": (0.0, None),
     "perception.k": (1, None),
     "constraint.weight": (0.0, None),
+    "constraint.clip_ratio": (1.0, None),
+    "constraint.cov_share": (0.0, 1.0),
+    "constraint.target": (0.01, 100.0),
+    "constraint.rate": (0.0, None),
+    "constraint.base_batches": (1, None),
     "grpo.clip_low": (0.0, 1.0),
     "grpo.clip_high": (0.0, None),
     "grpo.advantage_clip": (0.0, None),
@@ -353,6 +370,12 @@ def _validate(config: Config) -> None:
             raise ConfigError(f"config.{field} is {value}; it must be {bounds}.{hint}")
     _validate_division(config)
     _validate_window(config.sampler)
+    band = config.constraint.cov_band
+    if len(band) != 2 or not 0 <= band[0] < band[1] <= 1:
+        raise ConfigError(
+            f"config.constraint.cov_band is {band}; it must be two rising quantiles in [0, 1], "
+            "such as (0.8, 1.0)."
+        )
     p = config.perception
     if p.estimator == "knn" and p.k >= config.batch.group_size:
         raise ConfigError(

@@ -15,6 +15,7 @@ from pec_jax.config import Config, TrainableConfig
 from pec_jax.flow.transition import schedule_stds
 from pec_jax.generation import Guide
 from pec_jax.grpo.constraints import Constraint
+from pec_jax.grpo.signals import Options
 from pec_jax.models import lora
 from pec_jax.rewards.base import CombinedReward
 from pec_jax.types import Array, Conditioning, PyTree, TrainState
@@ -46,7 +47,8 @@ class Program:
     guide: Guide  # (guidance scale, negative conditioning) -> velocity function
     decode: Callable[[PyTree, Array], Array]  # (vae, latents [N, h, w, C]) -> [N, H, W, 3]
     features: dict[str, Callable[[PyTree, Array], Array]]  # encoder -> images [N, ...] -> [N, d]
-    surprisal: Callable[[Array], Array]  # raw features [P, K, d] -> [P, K]
+    spaces: dict[str, float]  # encoders the perceptual entropy is measured with, and their shares
+    surprisal: Callable[[Mapping[str, Array]], Array]  # {encoder: [..., P, K, d]} -> [..., P, K]
     reward: CombinedReward  # those of non-zero weight, which training looks at
     reward_encoder: dict[str, str]  # reward name -> the encoder whose params it uses, or ""
     constraint: Constraint
@@ -79,8 +81,26 @@ def bind(trainable: TrainableConfig, params: PyTree, transformer: PyTree) -> PyT
     return {**transformer, "lora": lora.scaled(params, trainable.alpha, trainable.rank)}
 
 
+def constraint_options(config: Config) -> Options:
+    """The constraint's options as its hooks read them."""
+    c = config.constraint
+    return Options(
+        space=c.space,
+        unit=c.unit,
+        clip_ratio=c.clip_ratio,
+        cov_band=(c.cov_band[0], c.cov_band[1]),
+        cov_share=c.cov_share,
+        kl_as=c.kl_as,
+        gradient=c.gradient,
+        rate=c.rate,
+    )
+
+
 def initial_state(
-    params: PyTree, optimizer: optax.GradientTransformation, constraint_weight: float
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    constraint_weight: float,
+    entropy_target: float = 0.0,
 ) -> TrainState:
     """The state of a run that has not begun; copies, for the step takes its buffers over."""
     params = jax.tree.map(jnp.copy, params)
@@ -90,5 +110,6 @@ def initial_state(
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         constraint_weight=jnp.asarray(constraint_weight, jnp.float32),
+        entropy_target=jnp.asarray(entropy_target, jnp.float32),
         skipped=jnp.zeros((), jnp.int32),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -18,14 +19,21 @@ from jax.sharding import Mesh
 
 from pec_jax import config as config_lib
 from pec_jax import sharding
-from pec_jax.assemble import EVAL_STREAM, TRAIN_STREAM, World, make_world, stream_key
+from pec_jax.assemble import (
+    BASE_STREAM,
+    EVAL_STREAM,
+    TRAIN_STREAM,
+    World,
+    make_world,
+    stream_key,
+)
 from pec_jax.checkpoint import Checkpointer
 from pec_jax.data.pipeline import PromptStream
 from pec_jax.errors import RunError
 from pec_jax.evaluation.evaluate import Evaluator
 from pec_jax.metrics import MetricWriter, Progress, write_text
 from pec_jax.program import initial_state
-from pec_jax.train_step import train_step
+from pec_jax.train_step import base_entropy, train_step
 from pec_jax.types import Array, PyTree, TrainState
 
 SHOWN = ("reward/mean", "reward/std", "entropy/perceptual", "entropy/policy", "time/step_seconds")
@@ -154,7 +162,25 @@ class _Run:
                 self._world.params, include_stats=False, max_lines=12
             ),
         )
+        if self._world.program.constraint.needs_target:
+            state = state.replace(entropy_target=self._entropy_target())
         return state, 0
+
+    def _entropy_target(self) -> Array:
+        """H* = the base model's H_perc over some batches + log of the share to be kept."""
+        constraint = self._config.constraint
+        measure = jax.jit(functools.partial(base_entropy, self._world.program))
+        key = stream_key(self._config, BASE_STREAM)
+        params = sharding.put_replicated(self._world.params, self._mesh)
+        logging.info("Measuring the base model's perceptual entropy ...")
+        values = []
+        for i in range(constraint.base_batches):
+            batch = sharding.put_batch(self._world.train.gather(self._stream.ids(i)), self._mesh)
+            values.append(measure(params, self._frozen, batch, jax.random.fold_in(key, i)))
+        base = sum(values) / len(values)
+        target = base + math.log(constraint.target)
+        logging.info("It is %.4f nats a dimension; the target is %.4f.", base, target)
+        return target
 
     def _actions(self, writer: MetricWriter, log: _Log) -> list[periodic_actions.PeriodicCallback]:
         """What happens every so many iterations; the last one is left to `_finish`."""

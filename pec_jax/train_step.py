@@ -6,7 +6,7 @@ composed of `rollout`, `score` and `update`, which are public, pure and tested b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,16 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     trajectory = rollout(program, state.params, frozen, batch, key)
     experience = score(program, frozen, batch, trajectory)
-    state, metrics = update(program, state, frozen, batch, experience)
+    state, metrics = update(program, state, frozen, batch, experience, jax.random.fold_in(key, 2))
     return state, {**experience.metrics, **metrics}
+
+
+def base_entropy(
+    program: Program, params: PyTree, frozen: Frozen, batch: Batch, key: Array
+) -> Array:
+    """H_perc [] of one batch of prompts under the policy, as the constraint measures it."""
+    experience = score(program, frozen, batch, rollout(program, params, frozen, batch, key))
+    return jnp.mean(experience.surprisal)
 
 
 def rollout(
@@ -62,6 +70,7 @@ def rollout(
         stochastic=program.stochastic,
         key=jax.random.fold_in(key, 1),
         storage_dtype=jnp.dtype(sampler.storage_dtype),
+        keep_predictions=program.config.perception.at == "steps",
     )
 
 
@@ -69,7 +78,8 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
     """Decodes the images, some groups at a time, and measures what they are worth.
 
     Returns:
-      The rollout with rewards [P, K] and surprisals [P, K], and the metrics of both.
+      The rollout with rewards [P, K] and surprisals [P, K] ([S, P, K] where perception looks at
+      the steps), and the metrics of both.
     """
     config = program.config
     num_groups, size = batch.prompt_ids.shape[0], config.batch.group_size
@@ -78,40 +88,78 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
 
     def score_groups(chunk):
         x_0, inputs = chunk  # [g, K, h, w, C]
-        images = program.decode(frozen.vae, x_0.reshape(-1, *program.latent_shape))
-        grouped = images.reshape(*x_0.shape[:2], *images.shape[1:])
-        total, parts = program.reward.score(reward_params, grouped, inputs)
-        encoder = config.perception.encoder
-        # Written as the rewards write it, so that an encoder that is also a reward runs once.
-        flat = as_8bit(grouped).reshape(images.shape)
-        features = program.features[encoder](frozen.encoders[encoder], flat)
+        images = _decode(program, frozen, x_0)
+        total, parts = program.reward.score(reward_params, images, inputs)
         return {
             "total": total,
             "parts": parts,
-            "features": features.reshape(*x_0.shape[:2], -1),
-            "pixel_variance": perceptual_variance(grouped.reshape(*x_0.shape[:2], -1)),
+            "features": _features(program, frozen, images),
+            "pixel_variance": perceptual_variance(images.reshape(*x_0.shape[:2], -1)),
         }
 
-    chunk_size = config.batch.decode_groups or num_groups
-    scored = _map_chunks(score_groups, (x_0, batch.reward_inputs), num_groups // chunk_size)
+    chunks = num_groups // (config.batch.decode_groups or num_groups)
+    scored = _map_chunks(score_groups, (x_0, batch.reward_inputs), chunks)
     surprisal = program.surprisal(scored["features"])
-    unit = scale_features(scored["features"], "unit")
-    logp = trajectory.logp[program.trained_steps]
+    rewards = scored["total"]
     metrics = {
-        "reward/mean": jnp.mean(scored["total"]),
-        "reward/std": jnp.mean(jnp.std(scored["total"], axis=1)),
+        "reward/mean": jnp.mean(rewards),
+        "reward/std": jnp.mean(jnp.std(rewards, axis=1)),
         **{f"reward/{name}": jnp.mean(part) for name, part in scored["parts"].items()},
         "entropy/policy": jnp.mean(policy_entropy(program.step_std())),
-        "entropy/policy_mc": -jnp.mean(logp),
+        "entropy/policy_mc": -jnp.mean(trajectory.logp[program.trained_steps]),
         "entropy/perceptual": jnp.mean(surprisal),
-        "diversity/variance_perceptual": jnp.mean(perceptual_variance(unit)),
+        "diversity/variance_reward": jnp.mean(jnp.var(rewards, axis=1)),
+        "diversity/variance_perceptual": _unit_variance(program, scored["features"]),
         "diversity/variance_latent": jnp.mean(
             perceptual_variance(x_0.reshape(num_groups, size, -1))
         ),
         "diversity/variance_pixel": jnp.mean(scored["pixel_variance"]),
     }
-    return Rollout(
-        trajectory=trajectory, rewards=scored["total"], surprisal=surprisal, metrics=metrics
+    if config.perception.at == "steps":
+        surprisal = _step_surprisal(program, frozen, trajectory, num_groups, chunks)
+        metrics["entropy/perceptual_steps"] = jnp.mean(surprisal)
+    return Rollout(trajectory=trajectory, rewards=rewards, surprisal=surprisal, metrics=metrics)
+
+
+def _decode(program: Program, frozen: Frozen, latents: Array) -> Array:
+    """Latents [g, K, h, w, C] -> images [g, K, H, W, 3] in [0, 1]."""
+    images = program.decode(frozen.vae, latents.reshape(-1, *program.latent_shape))
+    return images.reshape(*latents.shape[:2], *images.shape[1:])
+
+
+def _features(program: Program, frozen: Frozen, images: Array) -> dict[str, Array]:
+    """Images [g, K, H, W, 3] -> raw features {encoder: [g, K, d]}."""
+    # Written as the rewards write it, so that an encoder that is also a reward runs once.
+    flat = as_8bit(images).reshape(-1, *images.shape[2:])
+    return {
+        name: program.features[name](frozen.encoders[name], flat).reshape(*images.shape[:2], -1)
+        for name in program.spaces
+    }
+
+
+def _step_surprisal(
+    program: Program, frozen: Frozen, trajectory: Trajectory, num_groups: int, chunks: int
+) -> Array:
+    """Surprisals [S, P, K] of what each trained step predicts the image to be."""
+    predictions = trajectory.x_0_hat[program.trained_steps]  # [S, P * K, h, w, C]
+
+    def one_step(x_0_hat):
+        x_0_hat = x_0_hat.reshape(num_groups, -1, *program.latent_shape)
+        features = _map_chunks(
+            lambda part: _features(program, frozen, _decode(program, frozen, part)),
+            x_0_hat,
+            chunks,
+        )
+        return program.surprisal(features)
+
+    return jax.lax.map(one_step, predictions)
+
+
+def _unit_variance(program: Program, features: Mapping[str, Array]) -> Array:
+    """Variance of the unit features within a prompt, the encoders' mean by their shares."""
+    return sum(
+        share * jnp.mean(perceptual_variance(scale_features(features[name], "unit")))
+        for name, share in program.spaces.items()
     )
 
 

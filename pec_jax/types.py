@@ -46,6 +46,7 @@ class Trajectory:
     x_next: Array  # [T, N, h, w, C] the state it ends in
     logp: Array  # [T, N] log-density of x_next, mean over dimensions; 0 at ODE steps
     x_0: Array  # [N, h, w, C] the final latents
+    x_0_hat: Array | None = None  # [T, N, h, w, C] what each step predicts x_0 to be
 
 
 @struct.dataclass
@@ -67,4 +68,5 @@ class TrainState:
     ema: PyTree  # exponential moving average of params
     opt_state: optax.OptState
     constraint_weight: Array  # fp32, lambda: constant, or the dual variable
+    entropy_target: Array  # fp32, H* of the dual variable, nats per dimension; else 0
     skipped: Array  # int32, updates skipped in a row because something was not finite

@@ -11,20 +11,27 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from pec_jax.config import Config
 from pec_jax.data.pipeline import repeat_groups
 from pec_jax.flow.sampler import step_log_prob
-from pec_jax.flow.transition import gaussian_kl
+from pec_jax.flow.transition import gaussian_kl, policy_entropy
 from pec_jax.grpo.advantage import group_advantages, probabilities
-from pec_jax.grpo.constraints import Options, Signals, constrained_loss
-from pec_jax.program import Frozen, Program, bind
+from pec_jax.grpo.constraints import constrained_loss
+from pec_jax.grpo.signals import Signals
+from pec_jax.program import Frozen, Program, bind, constraint_options
 from pec_jax.types import Array, Batch, Conditioning, PyTree, Rollout, TrainState
 
 
 def update(
-    program: Program, state: TrainState, frozen: Frozen, batch: Batch, experience: Rollout
+    program: Program,
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    experience: Rollout,
+    key: Array,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The optimizer updates of one rollout: `epochs` passes over `minibatches` disjoint parts.
+
+    `key` is for constraints that draw at random.
 
     The ratio at the first update is exactly 1: logp_old is that update's own logp, its gradient
     stopped. Later updates compare with logp_old recomputed here, by the update's own graph and
@@ -34,27 +41,25 @@ def update(
       The next state (unchanged parameters where a gradient was not finite), and scalars.
     """
     config = program.config.grpo
-    parts = _micro_batches(program, batch, experience)
+    constraint, options = program.constraint, constraint_options(program.config)
+    signals = _whole_batch_signals(program, state, experience, key)
+    shaped = constraint.shape_reward(signals, options)
+    advantages = _advantages(program, shaped, None)
+    selected = jnp.zeros(signals.logp.shape, bool)
+    if constraint.select is not None:
+        selected = constraint.select(signals._replace(advantages=advantages), options)
+    parts = _micro_batches(program, batch, experience, selected, jnp.std(shaped, axis=(-2, -1)))
     num_updates = config.minibatches * config.epochs
     if num_updates > 1:
         logp_old = _old_log_probs(program, state.params, frozen, parts)
     else:
         logp_old = jnp.zeros((*parts.sigma.shape, parts.x_t.shape[3]))  # never read
-    constraint, options = program.constraint, _options(program.config)
-    signals = Signals(
-        weight=state.constraint_weight, rewards=experience.rewards, surprisal=experience.surprisal
-    )
-    shaped = constraint.shape_reward(signals, options)
-    advantages = _advantages(program, shaped, None)
-    global_std = jnp.std(shaped)
 
     def one_update(state, index):
         def pick(tree):
             return jax.tree.map(lambda a: a[index % config.minibatches], tree)
 
-        return _one_update(
-            program, state, frozen, pick(parts), pick(logp_old), index == 0, global_std
-        )
+        return _one_update(program, state, frozen, pick(parts), pick(logp_old), index == 0)
 
     state, aux = jax.lax.scan(one_update, state, jnp.arange(num_updates))
     weight = constraint.update_weight(signals, options)
@@ -63,7 +68,10 @@ def update(
         "advantage/prob_max": jnp.mean(jnp.max(probs, axis=-1)),
         "advantage/prob_min": jnp.mean(jnp.min(probs, axis=-1)),
         "constraint/weight": state.constraint_weight,
+        "constraint/target": state.entropy_target,
         "constraint/bonus_mean": jnp.mean(shaped - experience.rewards),
+        "constraint/loss": jnp.mean(aux["constraint_loss"]),
+        "constraint/selected": jnp.mean(selected.astype(jnp.float32)),
         "policy/ratio_max_deviation": aux["ratio_max_deviation"][0],
         "policy/logp_drift": aux["logp_drift"][0],
         "policy/clip_fraction": jnp.mean(aux["clip_fraction"]),
@@ -74,6 +82,21 @@ def update(
         "policy/skipped_in_a_row": state.skipped.astype(jnp.float32),
     }
     return state.replace(step=state.step + 1, constraint_weight=weight), metrics
+
+
+def _whole_batch_signals(
+    program: Program, state: TrainState, experience: Rollout, key: Array
+) -> Signals:
+    """What is known before the first update: log-probs [S, P, K] are the rollout's own."""
+    steps, shape = program.trained_steps, experience.rewards.shape
+    return Signals(
+        weight=state.constraint_weight,
+        rewards=experience.rewards,
+        surprisal=experience.surprisal,
+        logp=experience.trajectory.logp[steps].reshape(len(steps), *shape),
+        target=state.entropy_target,
+        key=key,
+    )
 
 
 @struct.dataclass
@@ -87,10 +110,14 @@ class _Micro:
     sigma_next: Array  # [U, S, C]
     rewards: Array  # [U, S, C, g, K]
     surprisal: Array  # [U, S, C, g, K]
+    selected: Array  # [U, S, C, g, K] bool
+    global_std: Array  # [U, S, C] of the whole batch's shaped rewards
     conditioning: Conditioning  # [U, S, C, g, ...]
 
 
-def _micro_batches(program: Program, batch: Batch, experience: Rollout) -> _Micro:
+def _micro_batches(
+    program: Program, batch: Batch, experience: Rollout, selected: Array, global_std: Array
+) -> _Micro:
     config, steps = program.config, program.trained_steps
     num_groups, size = experience.rewards.shape
     num_parts = config.grpo.minibatches
@@ -103,17 +130,19 @@ def _micro_batches(program: Program, batch: Batch, experience: Rollout) -> _Micr
         a = a.reshape(*a.shape[:axis], micro, num_parts, chunks, *a.shape[axis + 1 :])
         return jnp.moveaxis(a, (axis + 1, axis + 2), (0, 1))
 
-    def per_step(a):  # [S, P * K, ...] -> [U, S, C, g * K, ...]
-        a = a[steps].reshape(len(steps), num_groups, size, *a.shape[2:])
-        a = split(a, axis=1).swapaxes(1, 2)  # [U, S, C, g, K, ...]
+    def grouped(a):  # [S, P, ...] -> [U, S, C, g, ...]
+        return split(a, axis=1).swapaxes(1, 2)
+
+    def per_step(a):  # [T, P * K, ...] -> [U, S, C, g * K, ...]
+        a = grouped(a[steps].reshape(len(steps), num_groups, size, *a.shape[2:]))
         return a.reshape(*a.shape[:3], micro * size, *a.shape[5:])
 
     def shared(a):  # [P, ...] -> [U, S, C, g, ...], the same at every step
-        a = split(a)[:, None]
-        return jnp.broadcast_to(a, (a.shape[0], len(steps), *a.shape[2:]))
+        return grouped(jnp.broadcast_to(a, (len(steps), *a.shape)))
 
-    def scalar(a):  # [S] -> [U, S, C]
-        return jnp.broadcast_to(jnp.asarray(a)[None, :, None], (num_parts, len(steps), chunks))
+    def scalar(a):  # [S] or [] -> [U, S, C]
+        a = jnp.broadcast_to(a, len(steps))
+        return jnp.broadcast_to(a[None, :, None], (num_parts, len(steps), chunks))
 
     trajectory = experience.trajectory
     return _Micro(
@@ -123,7 +152,9 @@ def _micro_batches(program: Program, batch: Batch, experience: Rollout) -> _Micr
         sigma=scalar(program.sigmas[steps]),
         sigma_next=scalar(program.sigmas[steps + 1]),
         rewards=shared(experience.rewards),
-        surprisal=shared(experience.surprisal),
+        surprisal=grouped(jnp.broadcast_to(experience.surprisal, (len(steps), num_groups, size))),
+        selected=grouped(selected),
+        global_std=scalar(global_std),
         conditioning=jax.tree.map(shared, batch.conditioning),
     )
 
@@ -162,11 +193,10 @@ def _loss(
     logp_old: Array,
     first: Array,
     weight: Array,
-    global_std: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of one micro-batch, and what to log of it."""
     config, constraint = program.config, program.constraint
-    options, shape = _options(config), micro.rewards.shape  # [g, K]
+    options, shape = constraint_options(config), micro.rewards.shape  # [g, K]
     logp, mean, std = _step_log_prob(
         program, bind(program.config.trainable, params, frozen.transformer), frozen, micro
     )
@@ -187,9 +217,11 @@ def _loss(
         logp_old=logp_old.reshape(shape),
         ratio=jnp.exp(fresh - logp_old).reshape(shape),
         kl=kl,
+        entropy=jnp.mean(policy_entropy(std)),
+        selected=micro.selected,
     )
     shaped = constraint.shape_reward(signals, options)
-    signals = signals._replace(advantages=_advantages(program, shaped, global_std))
+    signals = signals._replace(advantages=_advantages(program, shaped, micro.global_std))
     loss, aux = constrained_loss(
         constraint, signals, options, config.grpo.clip_low, config.grpo.clip_high
     )
@@ -205,7 +237,6 @@ def _one_update(
     parts: _Micro,
     logp_old: Array,
     first: Array,
-    global_std: Array,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Gradients summed over the micro-batches [S, C] of one mini-batch, and one optimizer step."""
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (parts, logp_old))
@@ -222,7 +253,6 @@ def _one_update(
             logp_old,
             first,
             state.constraint_weight,
-            global_std,
         )
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / count, total, grads), aux
 
@@ -262,7 +292,3 @@ def _advantages(program: Program, rewards: Array, global_std: Array | None) -> A
         global_std=global_std if config.advantage_std == "global" else None,
         clip=config.advantage_clip,
     )
-
-
-def _options(config: Config) -> Options:
-    return Options(unit=config.constraint.unit)

@@ -58,7 +58,9 @@ def experience(world):
 
 
 def run_update(program, world, state, batch, rollout):
-    return jax.jit(functools.partial(updates.update, program))(state, world.frozen, batch, rollout)
+    return jax.jit(functools.partial(updates.update, program))(
+        state, world.frozen, batch, rollout, jax.random.key(7)
+    )
 
 
 def assert_close(a, b, rtol=1e-5):

@@ -80,6 +80,7 @@ def sample(
     stochastic: Sequence[bool],
     key: Array,
     storage_dtype: Any = jnp.float32,
+    keep_predictions: bool = False,
 ) -> Trajectory:
     """Samples paths from noise to image, with the log-prob of every stochastic step.
 
@@ -94,6 +95,7 @@ def sample(
         stochastic: T booleans (static); the other steps follow the ODE.
         key: the only source of noise; step t draws from fold_in(key, t).
         storage_dtype: of the states. Each is rounded to it before anything else reads it.
+        keep_predictions: fill x_0_hat = x_t - sigma v, float32, of every step.
 
     Returns:
         The trajectory: states in storage_dtype, logp float32 (0 at ODE steps), x_0 float32.
@@ -106,13 +108,15 @@ def sample(
     )
 
     def step(x_t, x):
-        x_next, logp = advance(x_t, x, storage_dtype)
-        return x_next, (x_next, logp)
+        x_next, logp, x_0_hat = advance(x_t, x, storage_dtype)
+        return x_next, (x_next, logp, x_0_hat if keep_predictions else None)
 
     x_1 = x_1.astype(storage_dtype)
-    x_0, (x_next, logp) = jax.lax.scan(step, x_1, xs)
+    x_0, (x_next, logp, x_0_hat) = jax.lax.scan(step, x_1, xs)
     x_t = jnp.concatenate([x_1[None], x_next[:-1]])
-    return Trajectory(x_t=x_t, x_next=x_next, logp=logp, x_0=x_0.astype(jnp.float32))
+    return Trajectory(
+        x_t=x_t, x_next=x_next, logp=logp, x_0=x_0.astype(jnp.float32), x_0_hat=x_0_hat
+    )
 
 
 def sample_final(
@@ -234,7 +238,7 @@ def _prepare(velocity_fn, params, conditioning, sigmas, kernel, noise_level, sto
 
     def advance(x_t, x, storage_dtype):
         step, sigma, sigma_next, noisy = x
-        mean, std, mean_ode = _transition(
+        mean, std, velocity = _transition(
             velocity_fn,
             params,
             x_t,
@@ -245,11 +249,13 @@ def _prepare(velocity_fn, params, conditioning, sigmas, kernel, noise_level, sto
             noise_level=noise_level,
             sigma_max=sigmas[1],
         )
+        mean_ode = ode(x_t, velocity, sigma, sigma_next)[0]
+        x_0_hat = ode(x_t, velocity, sigma, 0.0)[0]
         if not any(stochastic):
-            return mean_ode.astype(storage_dtype), jnp.zeros(x_t.shape[0], jnp.float32)
+            return mean_ode.astype(storage_dtype), jnp.zeros(x_t.shape[0], jnp.float32), x_0_hat
         noise = jax.random.normal(jax.random.fold_in(key, step), x_t.shape, jnp.float32)
         x_next = jnp.where(noisy, mean + std * noise, mean_ode).astype(storage_dtype)
-        return x_next, jnp.where(noisy, _score(x_next, mean, std), 0.0)
+        return x_next, jnp.where(noisy, _score(x_next, mean, std), 0.0), x_0_hat
 
     return advance, xs
 
@@ -257,13 +263,13 @@ def _prepare(velocity_fn, params, conditioning, sigmas, kernel, noise_level, sto
 def _transition(
     velocity_fn, params, x_t, sigma, sigma_next, conditioning, *, kernel, noise_level, sigma_max
 ):
-    """Mean and std of the kernel, and the ODE's mean, at one state."""
+    """Mean and std of the kernel, and the velocity, at one state."""
     velocity = velocity_fn(params, x_t, sigma, conditioning)
     sigma, sigma_next = _per_image(sigma, x_t), _per_image(sigma_next, x_t)
     mean, std = kernel(
         x_t, velocity, sigma, sigma_next, noise_level=noise_level, sigma_max=sigma_max
     )
-    return mean, std, ode(x_t, velocity, sigma, sigma_next)[0]
+    return mean, std, velocity
 
 
 def _score(x_next: Array, mean: Array, std: Array) -> Array:

@@ -16,74 +16,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pec_jax.grpo.loss import clipped_surrogate, ratio_metrics
+from pec_jax.grpo.signals import (
+    SPACES,
+    Array,
+    Options,
+    Signals,
+    covariances,
+    group_weight,
+    importance,
+    surprisal_in_space,
+)
 
-Array = jax.Array
 Bound = float | Array
-Maybe = Any  # an Array, or None for a hook that comes too early to see it
-
-SPACES = ("perceptual", "latent")
-UNITS = ("raw", "reward_std")
 
 
-class Signals(NamedTuple):
-    """What a constraint may look at; fields a hook comes too early for are None.
-
-    Whole-batch hooks see [P, K], or [S, P, K] with an axis of steps in front; `sample_loss` and
-    `extra_loss` see the same fields of one micro-batch, of whatever shape they share.
-    """
-
-    weight: Array  # []           lambda, traced
-    rewards: Maybe = None  # [P, K]
-    surprisal: Maybe = None  # [..., P, K] perceptual, nats per dimension
-    logp: Maybe = None  # [..., P, K] carries the gradient inside the losses
-    logp_old: Maybe = None  # [..., P, K]
-    ratio: Maybe = None  # [..., P, K] w, gradient stopped; None means 1
-    advantages: Maybe = None  # [..., P, K]
-    kl: Maybe = None  # [..., P, K] to the reference, carries the gradient
-    selected: Maybe = None  # [..., P, K] what `select` returned
-    key: Maybe = None  # for a `select` that draws at random
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the config says about a constraint. Static.
-
-    space: where surprise is measured: "perceptual" (the encoder's features) or "latent" (the
-        policy's own Gaussian, -logp).
-    unit: of lambda: "raw" (reward per nat) or "reward_std" (the group's reward std per nat).
-    """
-
-    space: str = "perceptual"
-    unit: str = "raw"
-
-    def __post_init__(self) -> None:
-        for field, valid in (("space", SPACES), ("unit", UNITS)):
-            value = getattr(self, field)
-            if value not in valid:
-                raise ValueError(
-                    f"Unknown constraint {field} {value!r}; choose one of {', '.join(valid)}."
-                )
+# The hooks of `none`, which the others replace one by one.
 
 
 def keep_reward(signals: Signals, options: Options) -> Array:
     """R~ = R."""
     del options
     return signals.rewards
-
-
-def add_surprisal(signals: Signals, options: Options) -> Array:
-    """R~ = R + lambda w h: a reward for being unlike one's siblings.
-
-    Source: arXiv 2605.12112, the PEC reward.
-    """
-    weighted = importance(signals) * surprisal_in_space(signals, options)
-    return signals.rewards + group_weight(signals, options) * weighted
 
 
 def keep_bounds(signals: Signals, options: Options, low: Bound, high: Bound) -> tuple[Bound, Bound]:
@@ -106,6 +64,15 @@ def no_extra_loss(signals: Signals, options: Options) -> Array:
     return jnp.float32(0.0)
 
 
+def keep_weight(signals: Signals, options: Options) -> Array:
+    """lambda is a constant."""
+    del options
+    return signals.weight
+
+
+# The baselines.
+
+
 def reference_kl(signals: Signals, options: Options) -> Array:
     """lambda mean KL(policy || reference).
 
@@ -115,19 +82,128 @@ def reference_kl(signals: Signals, options: Options) -> Array:
     return signals.weight * jnp.mean(signals.kl)
 
 
-def keep_weight(signals: Signals, options: Options) -> Array:
-    """lambda is a constant."""
-    del options
-    return signals.weight
+def raise_upper_bound(
+    signals: Signals, options: Options, low: Bound, high: Bound
+) -> tuple[Bound, Bound]:
+    """(e_low, clip_ratio e_high): good samples of low probability may rise further.
+
+    Source: Yu et al. 2025, DAPO (arXiv 2503.14476), which has 0.28 against 0.2.
+    """
+    del signals
+    return low, options.clip_ratio * high
+
+
+def entropy_bonus(signals: Signals, options: Options) -> Array:
+    """-lambda H, as a loss beside the policy's.
+
+    gradient "score": H = mean w (s - mean_group s), s = -logp or the perceptual surprisal; its
+    gradient is the score function's, mean (s - mean_group s) grad logp. The group's mean changes
+    nothing in expectation and makes the bonus independent of the unit of s.
+    gradient "exact": H is the analytic entropy of the policy, which depends on the schedule
+    alone: nothing changes.
+
+    Source: arXiv 2605.12112, section 3 (latent) and the baseline "Entropy Reg.".
+    """
+    if options.gradient == "exact":
+        return -signals.weight * signals.entropy
+    surprise = signals.surprisal if options.space == "perceptual" else -signals.logp
+    baseline = jax.lax.stop_gradient(jnp.mean(surprise, axis=-1, keepdims=True))
+    return -jnp.mean(group_weight(signals, options) * _live_ratio(signals) * (surprise - baseline))
+
+
+def pick_from_band(signals: Signals, options: Options) -> Array:
+    """A random share of the samples whose covariance lies in the band.
+
+    Source: Cui et al. 2025 (arXiv 2505.22617), Clip-Cov. The band is given by quantiles here, for
+    the absolute bounds of the source belong to thousands of tokens.
+    """
+    values = covariances(signals, options)
+    low, high = jnp.quantile(values, jnp.asarray(options.cov_band))
+    picked = jax.random.uniform(signals.key, values.shape) < options.cov_share
+    return picked & (values >= low) & (values <= high)
+
+
+def drop_selected(signals: Signals, options: Options, clip_low: Bound, clip_high: Bound) -> Array:
+    """The clipped surrogate, 0 for the selected."""
+    return jnp.where(signals.selected, 0.0, clipped_loss(signals, options, clip_low, clip_high))
+
+
+def pick_top(signals: Signals, options: Options) -> Array:
+    """The cov_share of the samples with the greatest covariance.
+
+    Source: Cui et al. 2025 (arXiv 2505.22617), KL-Cov.
+    """
+    values = covariances(signals, options)
+    return values >= jnp.quantile(values, 1.0 - options.cov_share)
+
+
+def penalise_selected(
+    signals: Signals, options: Options, clip_low: Bound, clip_high: Bound
+) -> Array:
+    """-A r, without clipping; for the selected, + lambda |logp - logp_old|."""
+    del options, clip_low, clip_high
+    log_ratio = signals.logp - jax.lax.stop_gradient(signals.logp_old)
+    plain = -jax.lax.stop_gradient(signals.advantages) * jnp.exp(log_ratio)
+    return plain + jnp.where(signals.selected, signals.weight * jnp.abs(log_ratio), 0.0)
+
+
+# The paper's.
+
+
+def add_surprisal(signals: Signals, options: Options) -> Array:
+    """R~ = R + lambda w h: a reward for being unlike one's siblings.
+
+    Source: arXiv 2605.12112, the PEC reward.
+    """
+    weighted = importance(signals) * surprisal_in_space(signals, options)
+    return signals.rewards + group_weight(signals, options) * weighted
+
+
+def subtract_divergence(signals: Signals, options: Options) -> Array:
+    """R~ = R - lambda [w log p_perc - w log p_theta]: each step's share of the divergence.
+
+    Source: arXiv 2605.12112, the PCVAE reward.
+    """
+    if options.kl_as == "loss":
+        return signals.rewards
+    log_p_theta = jax.lax.stop_gradient(signals.logp)
+    divergence = -jax.lax.stop_gradient(signals.surprisal) - log_p_theta
+    return signals.rewards - group_weight(signals, options) * importance(signals) * divergence
+
+
+def divergence_loss(signals: Signals, options: Options) -> Array:
+    """lambda mean [w log p_perc - w log p_theta], with the gradient of w and of log p_theta.
+
+    The competing loss of the paper's figure 6a, for comparison.
+    """
+    if options.kl_as == "reward":
+        return jnp.float32(0.0)
+    divergence = -jax.lax.stop_gradient(signals.surprisal) - signals.logp
+    return jnp.mean(group_weight(signals, options) * _live_ratio(signals) * divergence)
+
+
+# Beyond the paper.
+
+
+def follow_target(signals: Signals, options: Options) -> Array:
+    """lambda <- max(0, lambda + rate (H* - H_perc)): dual ascent on H_perc >= H*.
+
+    Source: as SAC tunes its temperature, Haarnoja et al. 2018 (arXiv 1812.05905), section 5.
+    """
+    deficit = signals.target - jnp.mean(signals.surprisal)
+    moved = jnp.maximum(0.0, signals.weight + options.rate * deficit)
+    # A rollout with a number that is not finite teaches nothing.
+    return jnp.where(jnp.isfinite(moved), moved, signals.weight)
 
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """A method: its name, what it needs computed, and its hooks (see the top of this file)."""
+    """A method: its name, what it needs, and its hooks (see the top of this file)."""
 
     name: str
+    spaces: tuple[str, ...] = SPACES  # in which it means something
     needs_reference: bool = False  # fill Signals.kl
-    needs_surprisal: bool = False  # fill Signals.surprisal
+    needs_target: bool = False  # fill Signals.target
     shape_reward: Callable[[Signals, Options], Array] = keep_reward
     clip_bounds: Callable[[Signals, Options, Bound, Bound], tuple[Bound, Bound]] = keep_bounds
     select: Callable[[Signals, Options], Array] | None = None
@@ -141,7 +217,24 @@ CONSTRAINTS: dict[str, Constraint] = {
     for c in (
         Constraint("none"),
         Constraint("kl", needs_reference=True, extra_loss=reference_kl),
-        Constraint("pec", needs_surprisal=True, shape_reward=add_surprisal),
+        Constraint("clip_higher", clip_bounds=raise_upper_bound),
+        Constraint("entropy_reg", extra_loss=entropy_bonus),
+        Constraint("clip_cov", select=pick_from_band, sample_loss=drop_selected),
+        Constraint("kl_cov", select=pick_top, sample_loss=penalise_selected),
+        Constraint("pec", shape_reward=add_surprisal),
+        Constraint(
+            "pcvae",
+            spaces=("perceptual",),
+            shape_reward=subtract_divergence,
+            extra_loss=divergence_loss,
+        ),
+        Constraint(
+            "pec_target",
+            spaces=("perceptual",),
+            needs_target=True,
+            shape_reward=add_surprisal,
+            update_weight=follow_target,
+        ),
     )
 }
 
@@ -155,6 +248,29 @@ def get_constraint(name: str) -> Constraint:
     if name not in CONSTRAINTS:
         raise ValueError(f"Unknown constraint {name!r}; choose one of {', '.join(CONSTRAINTS)}.")
     return CONSTRAINTS[name]
+
+
+def check_options(constraint: Constraint, options: Options) -> None:
+    """Refuses combinations that mean nothing.
+
+    Raises:
+        ValueError: a space that the method does not have, or an exact gradient in a space that
+            has none.
+    """
+    if options.space not in constraint.spaces:
+        raise ValueError(
+            f"The constraint {constraint.name!r} means nothing in space {options.space!r}, where "
+            f"entropy does not depend on the policy; use {' or '.join(constraint.spaces)}."
+        )
+    if (
+        constraint.name == "entropy_reg"
+        and options.gradient == "exact"
+        and options.space != "latent"
+    ):
+        raise ValueError(
+            "The exact gradient of entropy_reg exists in space 'latent' only (and is zero there); "
+            "in a perceptual space use gradient 'score'."
+        )
 
 
 def constrained_loss(
@@ -184,24 +300,6 @@ def constrained_loss(
     return jnp.mean(losses) + extra, metrics
 
 
-def importance(signals: Signals) -> Array:
-    """w = p_theta / p_old without gradient; 1 before the first update after a rollout."""
-    return jnp.float32(1.0) if signals.ratio is None else jax.lax.stop_gradient(signals.ratio)
-
-
-def surprisal_in_space(signals: Signals, options: Options) -> Array:
-    """h of each sample, without gradient: perceptual, or -logp in the latent space."""
-    h = signals.surprisal if options.space == "perceptual" else -signals.logp
-    return jax.lax.stop_gradient(h)
-
-
-def group_weight(signals: Signals, options: Options) -> Array:
-    """lambda in the unit of the rewards: [], or [P, 1] where it is given in reward stds.
-
-    The population std of each group, without gradient. Such a weight carries over between
-    encoders and rewards of different scale.
-    """
-    if options.unit == "raw":
-        return signals.weight
-    rewards = jax.lax.stop_gradient(signals.rewards)
-    return signals.weight * jnp.std(rewards, axis=-1, keepdims=True)
+def _live_ratio(signals: Signals) -> Array:
+    """w with its gradient."""
+    return jnp.exp(signals.logp - jax.lax.stop_gradient(signals.logp_old))
