@@ -98,7 +98,8 @@ def entropy_bonus(signals: Signals, options: Options) -> Array:
 
     gradient "score": H = mean w (s - mean_group s), s = -logp or the perceptual surprisal; its
     gradient is the score function's, mean (s - mean_group s) grad logp. The group's mean changes
-    nothing in expectation and makes the bonus independent of the unit of s.
+    nothing in expectation and makes the bonus independent of the unit of s. Beside a loss of
+    normalised advantages, lambda counts advantage per nat, whatever `unit` says.
     gradient "exact": H is the analytic entropy of the policy, which depends on the schedule
     alone: nothing changes.
 
@@ -108,7 +109,7 @@ def entropy_bonus(signals: Signals, options: Options) -> Array:
         return -signals.weight * signals.entropy
     surprise = signals.surprisal if options.space == "perceptual" else -signals.logp
     baseline = jax.lax.stop_gradient(jnp.mean(surprise, axis=-1, keepdims=True))
-    return -jnp.mean(group_weight(signals, options) * _live_ratio(signals) * (surprise - baseline))
+    return -signals.weight * jnp.mean(_live_ratio(signals) * (surprise - baseline))
 
 
 def pick_from_band(signals: Signals, options: Options) -> Array:
@@ -179,7 +180,7 @@ def divergence_loss(signals: Signals, options: Options) -> Array:
     if options.kl_as == "reward":
         return jnp.float32(0.0)
     divergence = -jax.lax.stop_gradient(signals.surprisal) - signals.logp
-    return jnp.mean(group_weight(signals, options) * _live_ratio(signals) * divergence)
+    return signals.weight * jnp.mean(_live_ratio(signals) * divergence)
 
 
 # Beyond the paper.

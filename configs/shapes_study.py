@@ -1,0 +1,23 @@
+"""What all runs of the study on the embedded shapes model have in common: Flow-GRPO, plain.
+
+Paper: arXiv 2605.12112, Table 1, at the scale of a laptop. `launch/study.py` sets the constraint.
+Two updates an iteration, as Flow-GRPO has it: at the first one all ratios are 1, so that clipping
+and every method built on it act on the second alone. Weights are in reward stds per nat.
+Cost: about 80 s a run on one core.
+Command: python launch/study.py --runs=runs/study --out=docs/results/study
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes_grpo
+
+
+def get_config() -> ConfigDict:
+    """Returns the config: shapes_grpo with two updates an iteration, and shorter."""
+    config = shapes_grpo.get_config()
+    config.num_iterations = 60
+    config.grpo.minibatches = 2
+    config.constraint.unit = "reward_std"
+    config.eval.update({"num_prompts": 48})
+    config.schedule.update({"sample_every": 0, "checkpoint_every": 30})
+    return config

@@ -1,0 +1,149 @@
+"""The paper's experiments on the embedded model, all of them, with one command:
+
+    python launch/study.py --runs=runs/study --out=docs/results/study
+
+First every method's own parameter is chosen by the same grid of three values on a seed that is
+not reported; then all rows of the table are trained for every seed and both rewards; then the
+tables, figures and reports are made. Finished runs are passed over, interrupted ones go on, and
+so the command can be killed and given again. `--quick` is a version of ten minutes: one reward,
+a few rows, with the parameters that were chosen before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import sweep
+from absl import app, flags
+
+_RUNS = flags.DEFINE_string("runs", "runs/study", "Where the run directories lie.")
+_OUT = flags.DEFINE_string("out", "docs/results/study", "Where tables and figures are written.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every row.")
+_REWARDS = flags.DEFINE_list("rewards", ["pickscore", "attributes"], "Rewards to train on.")
+_JOBS = flags.DEFINE_integer("jobs", 2, "Runs at the same time.", lower_bound=1)
+_QUICK = flags.DEFINE_bool("quick", False, "Ten minutes instead of hours.")
+
+CONFIG = sweep.ROOT / "configs" / "shapes_study.py"
+TUNING_SEED, TUNING_REWARD = "100", "pickscore"
+WEIGHTS = ("0.75", "1.5", "3.0")
+TARGETS = ("0.85", "1.0", "1.15")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method in a space, and the grid of its own parameter."""
+
+    name: str
+    space: str = ""  # latent, or an encoder
+    field: str = "weight"  # of config.constraint
+    grid: tuple[str, ...] = ()
+    rows: int = 1  # how many of the grid's values make a row of the table
+    extra: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Names the method in directories and in tuned.json."""
+        return "-".join(part for part in (self.name, self.space.replace(" ", "")) if part)
+
+    def overrides(self, value: str = "") -> dict[str, str]:
+        """What its runs set in the config."""
+        result = {"constraint.name": self.name, **dict(self.extra)}
+        if self.space == "latent":
+            result["constraint.space"] = "latent"
+        elif self.space:
+            result["perception.encoder"] = self.space
+        return result | ({f"constraint.{self.field}": value} if value else {})
+
+
+START = (("constraint.weight", "1.0"),)  # of the dual variable
+LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages
+METHODS = (
+    Method("none"),
+    Method("kl", grid=("0.1", "0.3", "1.0")),
+    Method("clip_higher", field="clip_ratio", grid=("1.4", "2.8", "5.6")),
+    Method("entropy_reg", "latent", grid=LOSS),
+    Method("entropy_reg", "pickscore", grid=LOSS),
+    Method("clip_cov", "latent", field="cov_share", grid=("0.25", "0.5", "1.0")),
+    Method("clip_cov", "pickscore", field="cov_share", grid=("0.25", "0.5", "1.0")),
+    Method("kl_cov", "latent", grid=LOSS),
+    Method("kl_cov", "pickscore", grid=LOSS),
+    Method("pec", "dino", grid=WEIGHTS, rows=2),
+    Method("pcvae", "dino", grid=WEIGHTS, rows=2),
+    Method("pec", "pickscore", grid=WEIGHTS, rows=2),
+    Method("pcvae", "pickscore", grid=WEIGHTS, rows=2),
+    Method("pec_target", "dino", "target", TARGETS, extra=START),
+    Method("pec_target", "pickscore", "target", TARGETS, extra=START),
+)
+ESTIMATORS = ("gaussian", "logdet")  # besides knn, which the table has
+QUICK = ("none", "kl", "pec-dino", "pec-pickscore")
+
+
+def reward_overrides(reward: str) -> dict[str, str]:
+    """Trains on one reward; the others are measured in the evaluation."""
+    names = ("pickscore", "clip", "attributes")
+    return {f"rewards.{name}": "1.0" if name == reward else "0.0" for name in names}
+
+
+def job(directory: Path, seed: str, reward: str, method: Method, value: str, **more: str):
+    """One run."""
+    fields = {**reward_overrides(reward), **method.overrides(value), **more, "seed": seed}
+    name = "_".join(part for part in (method.label, value, f"seed={seed}") if part)
+    return sweep.Job(directory / name, CONFIG, tuple(fields.items()))
+
+
+def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
+    """method -> value -> run, on the tuning seed."""
+    return {
+        method: {
+            value: job(runs / "tuning", TUNING_SEED, TUNING_REWARD, method, value)
+            for value in method.grid or ("",)
+        }
+        for method in METHODS
+    }
+
+
+def choose(runs: Path, out: Path) -> dict[str, list[str]]:
+    """Trains the grids and ranks every method's values by the overall score among all of them.
+
+    Returns:
+        method label -> its values, the best first; also written to tuned.json with the scores.
+    """
+    jobs = tuning_jobs(runs)
+    run_all([run for values in jobs.values() for run in values.values()])
+    scores = overall([run.directory for values in jobs.values() for run in values.values()])
+    record = {
+        method.label: {value: scores[run.directory] for value, run in values.items()}
+        for method, values in jobs.items()
+        if method.grid
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"field of the grid": fields(), "overall": record}, indent=2)
+    (out / "tuned.json").write_text(text + "\n", encoding="utf-8")
+    return {label: sorted(s, key=s.get, reverse=True) for label, s in record.items()}
+
+
+def fields() -> dict[str, str]:
+    """method label -> the field of config.constraint that its grid varies."""
+    return {method.label: method.field for method in METHODS if method.grid}
+
+
+def run_all(jobs: Sequence[sweep.Job]) -> None:
+    """Runs what is missing; ends the program if something fails."""
+    failed = sweep.run_jobs(jobs, _JOBS.value)
+    if failed:
+        sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
+
+
+def overall(directories: Sequence[Path]) -> dict[Path, float]:
+    """Run directory -> overall score in a table of all of them."""
+    from pec_jax.evaluation import table
+
+    raise NotImplementedError(table)
+
+
+if __name__ == "__main__":
+    app.run(lambda argv: print(choose(Path(_RUNS.value).absolute(), Path(_OUT.value))))
