@@ -23,6 +23,8 @@ INSTALL_REQUIRES = [
     "numpy>=2.0",
     "pillow>=11",  # PNGs and sample grids
     "tqdm>=4.66",  # progress bars
+    "matplotlib>=3.10",  # figures of compare
+    "scipy>=1.14",  # quantiles of Student's t
 ]
 
 EXTRAS = {
@@ -33,6 +35,8 @@ EXTRAS = {
         "diffusers==0.42.1",  # likewise
         "peft>=0.21,<1",  # loads exported LoRAs
         "vendi-score==0.0.3",  # oracle of the Vendi score
+        "nbclient>=0.10",  # executes the notebooks
+        "ipykernel>=6.29",  # likewise
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff==0.17.6",

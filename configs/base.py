@@ -120,6 +120,7 @@ def get_config() -> ConfigDict:
             "num_steps": 40,
             "guidance": 4.5,
             "use_ema": True,
+            "entropy_probes": 1,
             "sample_rows": 4,
             "sample_columns": 12,
         }

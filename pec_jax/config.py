@@ -147,6 +147,7 @@ class EvalConfig:
     num_steps: int  # ODE steps
     guidance: float
     use_ema: bool
+    entropy_probes: int  # of the output entropy's divergence, a step; 0 leaves it out
     sample_rows: int
     sample_columns: int
 
@@ -347,6 +348,7 @@ _RANGES = {
     "eval.groups": (1, None),
     "eval.num_steps": (2, 1000),
     "eval.guidance": (0.0, 100.0),
+    "eval.entropy_probes": (0, 1000),
     "eval.sample_rows": (1, 64),
     "eval.sample_columns": (1, 64),
     "schedule.log_every": (1, None),

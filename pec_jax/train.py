@@ -31,7 +31,8 @@ from pec_jax.checkpoint import Checkpointer
 from pec_jax.data.pipeline import PromptStream
 from pec_jax.errors import RunError
 from pec_jax.evaluation.evaluate import Evaluator
-from pec_jax.metrics import MetricWriter, Progress, write_text
+from pec_jax.evaluation.fit import exponential_fit
+from pec_jax.metrics import MetricWriter, Progress, read_steps, write_text
 from pec_jax.program import initial_state
 from pec_jax.train_step import base_entropy, train_step
 from pec_jax.types import Array, PyTree, TrainState
@@ -220,8 +221,9 @@ class _Run:
             logging.info("Stopped after iteration %d; the same command goes on from there.", step)
             return {}
         self._save_samples(writer, step, state)
-        result = self._evaluator(self._eval_params(state), self._frozen)
+        result = self._full_evaluation(self._eval_params(state))
         result |= {f"base/{name}": value for name, value in base.items()}
+        result |= reward_entropy_fit(self._directory / "metrics.jsonl")
         result |= {"seed": self._config.seed, "iterations": step}
         write_text(self._directory / "eval.json", json.dumps(result, indent=2) + "\n")
         _report(result)
@@ -232,9 +234,14 @@ class _Run:
         path = self._directory / "eval_base.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        result = self._evaluator(self._world.params, self._frozen)
+        result = self._full_evaluation(self._world.params)
         write_text(path, json.dumps(result, indent=2) + "\n")
         return result
+
+    def _full_evaluation(self, params: PyTree) -> dict[str, float]:
+        return self._evaluator(params, self._frozen) | self._evaluator.output_entropy(
+            params, self._frozen
+        )
 
     def _eval_params(self, state: TrainState) -> PyTree:
         return state.ema if self._config.eval.use_ema else state.params
@@ -325,10 +332,21 @@ def _stop_on_signal() -> Iterator[_StopFlag]:
             signal.signal(number, handler)
 
 
+def reward_entropy_fit(path: Path) -> dict[str, float]:
+    """The paper's R = -a exp(H_perc) + b over the iterations of a run; nothing if undefined."""
+    steps = read_steps(path)
+    fit = exponential_fit(
+        [step["reward/mean"] for step in steps], [step["entropy/perceptual"] for step in steps]
+    )
+    return {f"fit/{k}": v for k, v in fit._asdict().items() if math.isfinite(v)}
+
+
 def _report(result: Mapping[str, float]) -> None:
     """The final numbers beside those of the base model, for a person."""
     lines = [f"{'metric':32} {'base':>10} {'now':>10}"]
     for name in sorted(result):
-        if name.startswith(("quality/", "diversity/")) and not name.endswith(("/low", "/high")):
+        if name.startswith(("quality/", "diversity/", "entropy/")) and not name.endswith(
+            ("/low", "/high")
+        ):
             lines.append(f"{name:32} {result[f'base/{name}']:10.4f} {result[name]:10.4f}")
     logging.info("Held-out evaluation:\n%s", "\n".join(lines))

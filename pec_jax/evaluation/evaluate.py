@@ -6,9 +6,11 @@
 | `diversity/<encoder>` | mean pairwise Euclidean distance of a prompt's raw features |
 | `diversity/vendi_<encoder>` | Vendi score of a prompt's images, cosine kernel |
 | `diversity/variance_<encoder>` | mean squared distance of unit features to their group's mean |
+| `entropy/output` | entropy of the latents given the prompt, nats per dimension, along the ODE |
+| `entropy/output_error` | its standard error over prompts |
 
-All are means over prompts; `<name>/low` and `<name>/high` bound the 95% bootstrap interval over
-prompts.
+The first four are means over prompts; `<name>/low` and `<name>/high` bound their 95% bootstrap
+interval over prompts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pec_jax.assemble import World
 from pec_jax.data.embeddings import PromptTable
 from pec_jax.data.pipeline import repeat_groups
 from pec_jax.evaluation import metrics
+from pec_jax.flow.output_entropy import mean_and_error, output_log_prob
 from pec_jax.flow.sampler import sample_ode
 from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.program import Frozen, bind
@@ -63,6 +66,7 @@ class Evaluator:
         self._groups = world.config.eval.groups
         self._draw = jax.jit(image_function(world, world.config.eval.images_per_prompt))
         self._measure = jax.jit(measure_function(world))
+        self._output_entropy = jax.jit(output_entropy_function(world))
 
     def __call__(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Metric -> number on the held-out prompts; see the table at the top of this file."""
@@ -75,6 +79,14 @@ class Evaluator:
         joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
         return summarise(joined["scores"], joined["features"])
 
+    def output_entropy(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
+        """Entropy of what is drawn, on the first `eval.groups` held-out prompts."""
+        if not self._world.config.eval.entropy_probes:
+            return {}
+        batch = self._batch(self._world.heldout, 0)
+        value, error = self._output_entropy(params, frozen, batch, self._key)
+        return {"entropy/output": float(value), "entropy/output_error": float(error)}
+
     def sample_grid(self, params: PyTree, frozen: Frozen) -> np.ndarray:
         """Images [rows, columns, H, W, 3] in [0, 1] of the sample prompts."""
         table, config = self._world.samples, self._world.config.eval
@@ -84,6 +96,28 @@ class Evaluator:
     def _batch(self, table: PromptTable, start: int) -> Batch:
         ids = np.arange(start, start + self._groups) % len(table)  # the last batch wraps around
         return table.gather(ids)
+
+
+def output_entropy_function(world: World) -> Callable[..., tuple[Array, Array]]:
+    """(params, frozen, batch, key) -> entropy of the latents and its error, of P x N images."""
+    program, config = world.program, world.config.eval
+    sigmas = generation.sigmas(world.pipeline, config.num_steps, *program.latent_shape[:2])
+
+    def entropy(params: PyTree, frozen: Frozen, batch: Batch, key: Array) -> tuple[Array, Array]:
+        shape = batch.prompt_ids.shape[0], config.images_per_prompt
+        noise, probes = jax.random.split(key)
+        log_prob, _ = output_log_prob(
+            program.guide(config.guidance, frozen.negative),
+            bind(program.config.trainable, params, frozen.transformer),
+            jax.random.normal(noise, (shape[0] * shape[1], *program.latent_shape)),
+            repeat_groups(batch.conditioning, shape[1]),
+            sigmas=sigmas,
+            key=probes,
+            num_probes=config.entropy_probes,
+        )
+        return mean_and_error(log_prob.reshape(shape))
+
+    return entropy
 
 
 def measure_function(world: World) -> Callable[..., dict[str, PyTree]]:

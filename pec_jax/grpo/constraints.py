@@ -96,9 +96,11 @@ def raise_upper_bound(
 def entropy_bonus(signals: Signals, options: Options) -> Array:
     """-lambda H, as a loss beside the policy's.
 
-    gradient "score": H = mean w (s - mean_group s), s = -logp or the perceptual surprisal; its
-    gradient is the score function's, mean (s - mean_group s) grad logp. The group's mean changes
-    nothing in expectation and makes the bonus independent of the unit of s. Beside a loss of
+    gradient "score": H = mean w (s - mean_group s), s = -logp or the perceptual surprisal, without
+    its own gradient; that of w is the score function's, mean (s - mean_group s) grad logp. With
+    that of -logp as well, an update off the policy of the rollout would be pushed further away
+    from it, for logp is a mean over dimensions and w makes up for one dimension's worth of it.
+    The group's mean changes nothing in expectation and makes the bonus independent of s's unit. Beside a loss of
     normalised advantages, lambda counts advantage per nat, whatever `unit` says.
     gradient "exact": H is the analytic entropy of the policy, which depends on the schedule
     alone: nothing changes.
@@ -107,9 +109,9 @@ def entropy_bonus(signals: Signals, options: Options) -> Array:
     """
     if options.gradient == "exact":
         return -signals.weight * signals.entropy
-    surprise = signals.surprisal if options.space == "perceptual" else -signals.logp
-    baseline = jax.lax.stop_gradient(jnp.mean(surprise, axis=-1, keepdims=True))
-    return -signals.weight * jnp.mean(_live_ratio(signals) * (surprise - baseline))
+    surprise = surprisal_in_space(signals, options)
+    centred = surprise - jnp.mean(surprise, axis=-1, keepdims=True)
+    return -signals.weight * jnp.mean(_live_ratio(signals) * centred)
 
 
 def pick_from_band(signals: Signals, options: Options) -> Array:
