@@ -95,6 +95,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`, of bytes."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
 def save_png(path: Path, picture: Image.Image) -> None:
     """Saves a PNG such that a crash leaves no half-written file under its name."""
     temporary = path.with_name(path.name + ".tmp")

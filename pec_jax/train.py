@@ -345,8 +345,7 @@ def _report(result: Mapping[str, float]) -> None:
     """The final numbers beside those of the base model, for a person."""
     lines = [f"{'metric':32} {'base':>10} {'now':>10}"]
     for name in sorted(result):
-        if name.startswith(("quality/", "diversity/", "entropy/")) and not name.endswith(
-            ("/low", "/high")
-        ):
+        shown = name.startswith(("quality/", "diversity/", "entropy/"))
+        if shown and not name.endswith(("/low", "/high")):
             lines.append(f"{name:32} {result[f'base/{name}']:10.4f} {result[name]:10.4f}")
     logging.info("Held-out evaluation:\n%s", "\n".join(lines))

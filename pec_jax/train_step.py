@@ -141,6 +141,7 @@ def _step_surprisal(
     program: Program, frozen: Frozen, trajectory: Trajectory, num_groups: int, chunks: int
 ) -> Array:
     """Surprisals [S, P, K] of what each trained step predicts the image to be."""
+    assert trajectory.x_0_hat is not None  # `rollout` keeps them where perception is at the steps
     predictions = trajectory.x_0_hat[program.trained_steps]  # [S, P * K, h, w, C]
 
     def one_step(x_0_hat):
@@ -157,10 +158,11 @@ def _step_surprisal(
 
 def _unit_variance(program: Program, features: Mapping[str, Array]) -> Array:
     """Variance of the unit features within a prompt, the encoders' mean by their shares."""
-    return sum(
+    parts = [
         share * jnp.mean(perceptual_variance(scale_features(features[name], "unit")))
         for name, share in program.spaces.items()
-    )
+    ]
+    return jnp.sum(jnp.stack(parts))
 
 
 def _map_chunks(function: Callable, tree: PyTree, chunks: int) -> PyTree:

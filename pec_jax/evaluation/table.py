@@ -2,8 +2,8 @@
 
 Each metric is scaled to 0..1 between the least and the greatest of the rows' means;
 `quality/normalized_average` and `diversity/normalized_average` are the means over the metrics of
-their kind, and `overall` is the mean of the two. The scale is common to all seeds, so that each seed has
-its own three numbers, and a row an interval.
+their kind, and `overall` is the mean of the two. The scale is common to all seeds, so that each
+seed has its own three numbers, and a row an interval.
 """
 
 from __future__ import annotations
@@ -177,9 +177,10 @@ def rows_from_csv(path: Path) -> list[Row]:
             f"{path} needs a column `method` and columns named quality/* and diversity/*; "
             f"it has: {', '.join(reader.fieldnames or []) or 'none'}."
         )
-    collected: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+    collected: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     for number, line in enumerate(reader, start=2):
-        label = tuple((line.get(name) or "").strip() for name in LABELS)
+        method, space, weight = ((line.get(name) or "").strip() for name in LABELS)
+        label = (method, space, weight)
         seed = (line.get("seed") or "").strip()
         values = collected.setdefault(label, {column: {} for column in columns})
         if seed in values[columns[0]]:
@@ -188,12 +189,14 @@ def rows_from_csv(path: Path) -> list[Row]:
             values[column][seed] = _number(line.get(column), path, number, column)
     if not collected:
         raise RunError(f"{path} has no rows under its heading.")
-    return [Row(*label, values=values) for label, values in collected.items()]
+    return [
+        Row(method, space, weight, values) for (method, space, weight), values in collected.items()
+    ]
 
 
 def write_csv(rows: Sequence[Row]) -> str:
     """The table as csv: means, and `<metric>/low`, `<metric>/high` of the 95% interval."""
-    columns = [*_ordered(rows)]
+    columns = ordered_columns(rows)
     several = any(len(row.seeds) > 1 for row in rows)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -215,8 +218,8 @@ def write_csv(rows: Sequence[Row]) -> str:
 
 def write_markdown(rows: Sequence[Row], definitions: Mapping[str, str]) -> str:
     """The table as markdown, the best of a column bold and the second best underlined."""
-    columns = _ordered(rows)
-    ranks = {column: _ranks([row.mean(column) for row in rows]) for column in columns}
+    columns = ordered_columns(rows)
+    ranks = {column: ranks_of([row.mean(column) for row in rows]) for column in columns}
     lines = [
         "| " + " | ".join([*LABELS, "seeds", *columns]) + " |",
         "|" + "---|" * len(LABELS) + "---:|" * (len(columns) + 1),
@@ -263,7 +266,7 @@ _DEFINITIONS = {
 }
 
 
-def _ordered(rows: Sequence[Row]) -> list[str]:
+def ordered_columns(rows: Sequence[Row]) -> list[str]:
     """Quality, its average, diversity, its average, overall."""
     names = list(rows[0].values)
     plain = [name for name in names if name not in COMPUTED]
@@ -272,7 +275,7 @@ def _ordered(rows: Sequence[Row]) -> list[str]:
     return [*quality, QUALITY, *diversity, DIVERSITY, OVERALL]
 
 
-def _ranks(means: Sequence[float]) -> list[int]:
+def ranks_of(means: Sequence[float]) -> list[int]:
     """0 for the best of a column, 1 for the second best, and so on; equals share a rank."""
     order = sorted(set(means), reverse=True)
     return [order.index(value) for value in means]

@@ -100,8 +100,8 @@ def entropy_bonus(signals: Signals, options: Options) -> Array:
     its own gradient; that of w is the score function's, mean (s - mean_group s) grad logp. With
     that of -logp as well, an update off the policy of the rollout would be pushed further away
     from it, for logp is a mean over dimensions and w makes up for one dimension's worth of it.
-    The group's mean changes nothing in expectation and makes the bonus independent of s's unit. Beside a loss of
-    normalised advantages, lambda counts advantage per nat, whatever `unit` says.
+    The group's mean changes nothing in expectation and makes the bonus independent of s's unit.
+    Beside a loss of normalised advantages, lambda counts advantage per nat, whatever `unit` says.
     gradient "exact": H is the analytic entropy of the policy, which depends on the schedule
     alone: nothing changes.
 
