@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import study_claims
 import sweep
 from absl import app, flags
 
@@ -43,11 +44,13 @@ class Method:
     grid: tuple[str, ...] = ()
     rows: int = 1  # how many of the grid's values make a row of the table
     extra: tuple[tuple[str, str], ...] = ()
+    tag: str = ""  # sets apart what name and space do not
 
     @property
     def label(self) -> str:
         """Names the method in directories and in tuned.json."""
-        return "-".join(part for part in (self.name, self.space.replace(" ", "")) if part)
+        parts = (self.name, self.space.replace(" ", ""), self.tag)
+        return "-".join(part for part in parts if part)
 
     def overrides(self, value: str = "") -> dict[str, str]:
         """What its runs set in the config."""
@@ -78,7 +81,11 @@ METHODS = (
     Method("pec_target", "dino", "target", TARGETS, extra=START),
     Method("pec_target", "pickscore", "target", TARGETS, extra=START),
 )
-ESTIMATORS = ("gaussian", "logdet")  # besides knn, which the table has
+# PEC in DINO's space with the other estimators; with knn it is a row of the table.
+ESTIMATORS = tuple(
+    Method("pec", "dino", grid=WEIGHTS, extra=(("perception.estimator", name),), tag=name)
+    for name in ("gaussian", "logdet")
+)
 QUICK = ("none", "kl", "pec-dino", "pec-pickscore")
 
 
@@ -102,7 +109,7 @@ def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
             value: job(runs / "tuning", TUNING_SEED, TUNING_REWARD, method, value)
             for value in method.grid or ("",)
         }
-        for method in METHODS
+        for method in (*METHODS, *ESTIMATORS)
     }
 
 
@@ -113,22 +120,44 @@ def choose(runs: Path, out: Path) -> dict[str, list[str]]:
         method label -> its values, the best first; also written to tuned.json with the scores.
     """
     jobs = tuning_jobs(runs)
-    run_all([run for values in jobs.values() for run in values.values()])
-    scores = overall([run.directory for values in jobs.values() for run in values.values()])
+    flat = [run for values in jobs.values() for run in values.values()]
+    run_all(flat)
+    scores = overall([run.directory for run in flat])
     record = {
         method.label: {value: scores[run.directory] for value, run in values.items()}
         for method, values in jobs.items()
         if method.grid
     }
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"field of the grid": fields(), "overall": record}, indent=2)
+    text = json.dumps({"field": parameter_fields(), "overall": record}, indent=2)
     (out / "tuned.json").write_text(text + "\n", encoding="utf-8")
-    return {label: sorted(s, key=s.get, reverse=True) for label, s in record.items()}
+    return ranked(record)
 
 
-def fields() -> dict[str, str]:
+def ranked(record: dict[str, dict[str, float]]) -> dict[str, list[str]]:
+    """method label -> the values of its grid, the best first."""
+    return {
+        label: sorted(scores, key=lambda value: scores[value], reverse=True)
+        for label, scores in record.items()
+    }
+
+
+def parameter_fields() -> dict[str, str]:
     """method label -> the field of config.constraint that its grid varies."""
-    return {method.label: method.field for method in METHODS if method.grid}
+    return {method.label: method.field for method in (*METHODS, *ESTIMATORS) if method.grid}
+
+
+def overall(directories: Sequence[Path]) -> dict[Path, float]:
+    """Run directory -> overall score in a table of all of them."""
+    from pec_jax.evaluation import run_table, table
+
+    found = run_table.rows_of_runs(run_table.find_runs(directories))
+    rows = table.normalise([row for row, _ in found])
+    return {
+        run.directory: row.mean(table.OVERALL)
+        for row, (_, runs) in zip(rows[1:], found[1:])
+        for run in runs
+    }
 
 
 def run_all(jobs: Sequence[sweep.Job]) -> None:
@@ -138,12 +167,48 @@ def run_all(jobs: Sequence[sweep.Job]) -> None:
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
 
 
-def overall(directories: Sequence[Path]) -> dict[Path, float]:
-    """Run directory -> overall score in a table of all of them."""
-    from pec_jax.evaluation import table
+def reported_jobs(
+    directory: Path,
+    reward: str,
+    methods: Sequence[Method],
+    values: dict[str, list[str]],
+    seeds: Sequence[str],
+) -> list[sweep.Job]:
+    """The rows of one table, all seeds; whole rounds of one seed come first."""
+    return [
+        job(directory, seed, reward, method, value)
+        for seed in seeds
+        for method in methods
+        for value in (values[method.label][: method.rows] if method.grid else [""])
+    ]
 
-    raise NotImplementedError(table)
+
+def main(argv: list[str]) -> None:
+    """Tunes, trains, compares."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    runs, out = Path(_RUNS.value).absolute(), Path(_OUT.value).absolute()
+    methods, estimators, rewards = METHODS, ESTIMATORS, _REWARDS.value
+    if _QUICK.value:
+        methods = tuple(dataclasses.replace(m, rows=1) for m in METHODS if m.label in QUICK)
+        estimators, rewards = (), [TUNING_REWARD]
+        chosen = ranked(json.loads((out / "tuned.json").read_text(encoding="utf-8"))["overall"])
+        out = runs / "results"
+    else:
+        chosen = choose(runs, out)
+    for reward in rewards:
+        jobs = reported_jobs(runs / reward, reward, methods, chosen, _SEEDS.value)
+        run_all(jobs)
+        sweep.compare([one.directory for one in jobs], out / reward)
+    if estimators:
+        # With knn the same rows are in the first table already.
+        knn = [method for method in METHODS if method.label == "pec-dino"]
+        jobs = reported_jobs(runs / "estimators", TUNING_REWARD, estimators, chosen, _SEEDS.value)
+        run_all(jobs)
+        plain = reported_jobs(runs / TUNING_REWARD, TUNING_REWARD, knn, chosen, _SEEDS.value)
+        sweep.compare([one.directory for one in (*plain, *jobs)], out / "estimators")
+    study_claims.write(runs, out, rewards)
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: print(choose(Path(_RUNS.value).absolute(), Path(_OUT.value))))
+    app.run(main)

@@ -253,21 +253,30 @@ def perception_spaces(config: Config) -> dict[str, float]:
 
 def surprisal_function(config: Config, step_std: Array) -> Callable[[Mapping[str, Array]], Array]:
     """The configured estimator: raw features {encoder: [..., K, d]} -> surprisals [..., K]."""
-    perception, spaces = config.perception, perception_spaces(config)
-    options = {
+    spaces = perception_spaces(config)
+    estimate = estimator_functions(config, step_std)[config.perception.estimator]
+
+    def surprisal(features: Mapping[str, Array]) -> Array:
+        parts = [share * estimate(features[name]) for name, share in spaces.items()]
+        return functools.reduce(jnp.add, parts)
+
+    return surprisal
+
+
+def estimator_functions(config: Config, step_std: Array) -> dict[str, Callable[[Array], Array]]:
+    """Every estimator with the config's options: raw features [..., K, d] -> [..., K]."""
+    perception = config.perception
+    options: dict[str, dict[str, float]] = {
         "gaussian": {"bandwidth": perception.bandwidth or float(schedule_bandwidth(step_std))},
         "logdet": {"eps": perception.eps},
         "knn": {"k": perception.k},
     }
-    estimate = functools.partial(
-        get_estimator(perception.estimator), **options[perception.estimator]
-    )
 
-    def surprisal(features: Mapping[str, Array]) -> Array:
-        scaled = {name: scale_features(features[name], perception.scale) for name in spaces}
-        return sum(share * estimate(scaled[name]) for name, share in spaces.items())
+    def bound(name: str) -> Callable[[Array], Array]:
+        estimate = functools.partial(get_estimator(name), **options[name])
+        return lambda features: estimate(scale_features(features, perception.scale))
 
-    return surprisal
+    return {name: bound(name) for name in ESTIMATORS}
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

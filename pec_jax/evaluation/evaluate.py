@@ -6,6 +6,7 @@
 | `diversity/<encoder>` | mean pairwise Euclidean distance of a prompt's raw features |
 | `diversity/vendi_<encoder>` | Vendi score of a prompt's images, cosine kernel |
 | `diversity/variance_<encoder>` | mean squared distance of unit features to their group's mean |
+| `entropy/<estimator>_<encoder>` | perceptual entropy, nats per dimension, of the images |
 | `entropy/output` | entropy of the latents given the prompt, nats per dimension, along the ODE |
 | `entropy/output_error` | its standard error over prompts |
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax import generation
-from pec_jax.assemble import World
+from pec_jax.assemble import World, estimator_functions
 from pec_jax.data.embeddings import PromptTable
 from pec_jax.data.pipeline import repeat_groups
 from pec_jax.evaluation import metrics
@@ -66,6 +67,7 @@ class Evaluator:
         self._groups = world.config.eval.groups
         self._draw = jax.jit(image_function(world, world.config.eval.images_per_prompt))
         self._measure = jax.jit(measure_function(world))
+        self._entropies = jax.jit(entropy_function(world))
         self._output_entropy = jax.jit(output_entropy_function(world))
 
     def __call__(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
@@ -77,7 +79,10 @@ class Evaluator:
             images = self._draw(params, frozen, batch, key)
             batches.append(jax.device_get(self._measure(frozen, batch, images)))
         joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
-        return summarise(joined["scores"], joined["features"])
+        entropies = self._entropies({k: jnp.asarray(v) for k, v in joined["features"].items()})
+        return summarise(joined["scores"], joined["features"]) | {
+            name: float(value) for name, value in entropies.items()
+        }
 
     def output_entropy(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Entropy of what is drawn, on the first `eval.groups` held-out prompts."""
@@ -96,6 +101,23 @@ class Evaluator:
     def _batch(self, table: PromptTable, start: int) -> Batch:
         ids = np.arange(start, start + self._groups) % len(table)  # the last batch wraps around
         return table.gather(ids)
+
+
+def entropy_function(world: World) -> Callable[[dict[str, Array]], dict[str, Array]]:
+    """Raw features {encoder: [P, N, d]} -> {"entropy/<estimator>_<encoder>": H_perc []}."""
+    estimators = estimator_functions(world.config, world.program.step_std())
+    # A group of the evaluation may be too small for the k that training uses.
+    if world.config.perception.k >= world.config.eval.images_per_prompt:
+        estimators.pop("knn")
+
+    def entropies(features: dict[str, Array]) -> dict[str, Array]:
+        return {
+            f"entropy/{name}_{encoder}": jnp.mean(estimate(value))
+            for name, estimate in estimators.items()
+            for encoder, value in features.items()
+        }
+
+    return entropies
 
 
 def output_entropy_function(world: World) -> Callable[..., tuple[Array, Array]]:
