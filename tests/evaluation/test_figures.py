@@ -1,0 +1,89 @@
+"""The figures: what they show, and that they can be drawn from little."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+from pec_jax.evaluation import figures, table
+from tests.evaluation.test_table import row
+
+RNG = np.random.default_rng(0)
+
+
+def steps(count=12, slope=1.0):
+    return [
+        {
+            "step": i + 1,
+            "reward/mean": slope * i,
+            "reward/std": 1.0,
+            "entropy/policy": 0.8,
+            "entropy/perceptual": float(RNG.normal()),
+            "diversity/variance_perceptual": 0.3,
+            "diversity/variance_pixel": 5.0,
+        }
+        for i in range(count)
+    ]
+
+
+def test_the_pareto_front_is_what_no_point_beats():
+    for _ in range(20):
+        quality, diversity = RNG.integers(0, 6, size=(2, 15)).astype(float)
+        front = figures.pareto_front(quality, diversity)
+        for i in range(15):
+            beaten = any(
+                quality[j] >= quality[i]
+                and diversity[j] >= diversity[i]
+                and (quality[j], diversity[j]) != (quality[i], diversity[i])
+                for j in range(15)
+            )
+            assert (i in front) != beaten
+        assert list(diversity[front]) == sorted(diversity[front], reverse=True)
+
+
+def test_smoothing_keeps_lines_and_means():
+    np.testing.assert_allclose(figures.smooth([2.0] * 9), 2.0)
+    line = np.arange(20.0)
+    np.testing.assert_allclose(figures.smooth(line)[3:-3], line[3:-3])
+    gaps = figures.smooth([1.0, np.nan, 3.0], width=3)
+    np.testing.assert_allclose(gaps, [1.0, 2.0, 3.0])
+    assert np.isnan(figures.smooth([np.nan] * 3)).all()
+
+
+def test_no_two_rows_look_alike():
+    styles = [tuple(figures.style_of(i).values()) for i in range(32)]
+    assert len(set(styles)) == 32
+
+
+def test_training_curves_are_means_with_bands():
+    figure = figures.training_curves({"a": [steps(), steps(10, slope=3.0)], "b": [steps()]})
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_ydata()[4:6], [2 * 4, 2 * 5])
+    assert len(axes.lines[0].get_xdata()) == 10
+    assert len(axes.collections) == 2
+
+
+def test_reward_against_entropy_names_the_fit():
+    made = steps()
+    for step in made:
+        step["reward/mean"] = -2.0 * np.exp(step["entropy/perceptual"]) + 1.0
+    figure = figures.reward_entropy({"run": [made]})
+    assert "a = 2, b = 1, R² = 1.00" in figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize("seeds", ["0", "012"])
+def test_the_scatter_has_every_row_and_the_front(seeds):
+    rows = table.normalise([row("a", 1, 3, seeds), row("b", 2, 2, seeds), row("c", 1, 1, seeds)])
+    figure = figures.quality_diversity(rows)
+    labels = figure.legends[0].get_texts()
+    assert [text.get_text() for text in labels] == ["Pareto front", "a", "b", "c"]
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    assert buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_empty_runs_are_drawn_without_a_stack_trace():
+    figures.training_curves({"a": [[]]}).savefig(io.BytesIO(), format="png")
+    figures.reward_entropy({}).savefig(io.BytesIO(), format="png")

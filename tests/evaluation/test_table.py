@@ -1,0 +1,146 @@
+"""The table: the paper's computed columns from its raw ones, intervals, ranks, bad files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pec_jax.errors import RunError
+from pec_jax.evaluation import table
+from pec_jax.evaluation.table import COMPUTED, DIVERSITY, OVERALL, QUALITY, Row
+
+PAPER = Path(__file__).parents[3] / "shared" / "paper" / "table1.csv"
+
+
+def row(name, quality, diversity, seeds="012", spread=0.0):
+    def per_seed(value):
+        return {seed: value + spread * (i - 1) for i, seed in enumerate(seeds)}
+
+    values = {"quality/a": per_seed(quality), "diversity/b": per_seed(diversity)}
+    return Row(name, "", "", values)
+
+
+@pytest.mark.skipif(not PAPER.exists(), reason="the paper's table is not part of the package")
+def test_the_papers_computed_columns_come_out():
+    rows = table.normalise(table.rows_from_csv(PAPER))
+    with PAPER.open(encoding="utf-8") as file:
+        printed = list(csv.DictReader(file))
+    assert len(rows) == len(printed) == 18
+    for ours, theirs in zip(rows, printed):
+        assert ours.method == theirs["method"]
+        for column in COMPUTED:
+            # The paper prints three digits.
+            assert ours.mean(column) == pytest.approx(float(theirs[column]), abs=5e-4)
+
+
+def test_normalisation_runs_from_0_to_1_on_the_rows_means():
+    low, mid, high = table.normalise([row("a", 1, 30), row("b", 2, 10), row("c", 3, 20)])
+    assert [r.mean(QUALITY) for r in (low, mid, high)] == pytest.approx([0, 0.5, 1])
+    assert [r.mean(DIVERSITY) for r in (low, mid, high)] == pytest.approx([1, 0, 0.5])
+    assert [r.mean(OVERALL) for r in (low, mid, high)] == pytest.approx([0.5, 0.25, 0.75])
+
+
+def test_each_seed_is_placed_on_the_common_scale():
+    rows = table.normalise([row("a", 0, 0), row("b", 1, 1, spread=0.1)])
+    assert list(rows[1].values[OVERALL].values()) == pytest.approx([0.9, 1.0, 1.1])
+    assert rows[1].mean(OVERALL) == pytest.approx(1.0)
+
+
+def test_a_metric_without_variation_counts_nothing():
+    rows = table.normalise([row("a", 5, 1), row("b", 5, 2)])
+    assert [r.mean(QUALITY) for r in rows] == [0.0, 0.0]
+
+
+def test_the_interval_is_students():
+    value = table.student_interval([1.0, 2.0, 3.0])
+    assert value.mean == pytest.approx(2.0)
+    assert value.half == pytest.approx(4.302652729 / math.sqrt(3), rel=1e-8)  # t(0.975, 2)
+    assert math.isnan(table.student_interval([1.0]).half)
+
+
+def test_the_ratio_is_taken_seed_by_seed():
+    a, b, _ = table.normalise([row("a", 3, 3, "01"), row("b", 2, 2, "12"), row("c", 0, 0)])
+    value = table.ratio(a, b)
+    assert value.mean == pytest.approx(a.values[OVERALL]["1"] / b.values[OVERALL]["1"])
+    lonely = row("d", 1, 1, "9")
+    with pytest.raises(RunError, match="no seed in common"):
+        table.ratio(table.normalise([lonely, row("e", 2, 2, "9")])[0], a)
+
+
+def test_best_and_second_best_are_marked():
+    rows = table.normalise([row("a", 1, 3), row("b", 2, 2), row("c", 3, 1)])
+    text = table.write_markdown(rows, table.describe(table.ordered_columns(rows)))
+    lines = text.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    column = cells[0].index("quality/a")
+    assert [line[column][:3] for line in cells[2:]] == ["1.0", "<u>", "**3"]
+    assert "`overall`: mean of the two averages" in text
+
+
+def test_the_csv_holds_means_and_intervals_and_reads_back():
+    rows = table.normalise([row("a", 1, 3, spread=0.1), row("b", 2, 2)])
+    text = table.write_csv(rows)
+    line = next(csv.DictReader(io.StringIO(text)))
+    half = table.student_interval(list(rows[0].values["quality/a"].values())).half
+    assert float(line["quality/a/high"]) - float(line["quality/a"]) == pytest.approx(half, rel=1e-4)
+    assert line["seeds"] == "3"
+
+
+def test_a_csv_with_seeds_makes_one_row(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("method,seed,quality/a,diversity/b\nx,0,1,2\nx,1,3,4\ny,0,5,6\n")
+    rows = table.rows_from_csv(path)
+    assert [r.method for r in rows] == ["x", "y"]
+    assert rows[0].values["quality/a"] == {"0": 1.0, "1": 3.0}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "column `method`"),
+        ("a,b\n1,2\n", "column `method`"),
+        ("method,quality/a\n", "no rows"),
+        ("method,quality/a,diversity/b\nx,1,oops\n", "line 2: diversity/b is 'oops'"),
+        ("method,quality/a,diversity/b\nx,1,nan\n", "not a finite number"),
+        ("method,quality/a,diversity/b\nx,1\n", "not a finite number"),
+        ("method,quality/a,diversity/b\nx,1,2\nx,1,2\n", "second line"),
+        ("method,quality/a\nx,1\n", r"no column named diversity/\*"),
+    ],
+)
+def test_a_bad_csv_is_answered_with_a_sentence(tmp_path, text, words):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(RunError, match=words):
+        table.normalise(table.rows_from_csv(path))
+
+
+def test_a_missing_or_huge_csv_is_answered_with_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="cannot read"):
+        table.rows_from_csv(tmp_path / "none.csv")
+    monkeypatch.setattr(table, "MAX_BYTES", 3)
+    (tmp_path / "t.csv").write_text("method\n")
+    with pytest.raises(RunError, match="at most 3"):
+        table.rows_from_csv(tmp_path / "t.csv")
+
+
+def test_rows_measured_differently_are_refused():
+    other = Row("z", "", "", {"quality/other": {"0": 1.0}, "diversity/b": {"0": 1.0}})
+    with pytest.raises(RunError, match="quality/a, quality/other"):
+        table.normalise([row("a", 1, 1), other])
+
+
+def test_columns_are_the_papers():
+    names = ["quality/x", "diversity/dino", "diversity/vendi_dino"]
+    assert all(map(table.is_column, names))
+    others = ["quality/x/low", "diversity/variance_dino", "diversity/pickscore", *COMPUTED, "seed"]
+    assert not any(map(table.is_column, others))
+
+
+def test_equal_values_share_a_rank():
+    assert table.ranks_of([1.0, 3.0, 3.0, 2.0]) == [2, 0, 0, 1]
+    assert np.all(np.array(table.ranks_of([1.0, 1.0])) == 0)

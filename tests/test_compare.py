@@ -1,0 +1,196 @@
+"""`compare`: from run directories made by hand to table, figures and report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pec_jax.errors import RunError
+from pec_jax.evaluation import comparison, run_table
+from pec_jax.evaluation.report import write_report
+from pec_jax.evaluation.table import COMPUTED, normalise
+
+CONFIG = {
+    "seed": 0,
+    "constraint": {
+        "name": "none",
+        "space": "perceptual",
+        "weight": 0.0,
+        "clip_ratio": 1.4,
+        "cov_share": 0.2,
+        "target": 0.9,
+    },
+    "perception": {"encoder": "dino", "estimator": "knn"},
+    "schedule": {"log_every": 1},
+}
+
+
+def make_run(directory, seed=0, quality=1.0, diversity=1.0, base=0.5, **changes):
+    """A finished run; changes are config fields with __ for the dot."""
+    directory.mkdir(parents=True)
+    config = copy.deepcopy(CONFIG)
+    config["seed"] = seed
+    for name, value in changes.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    (directory / "config.json").write_text(json.dumps(config))
+    numbers = {
+        "quality/a": quality + 0.01 * seed,
+        "quality/a/low": 0.0,
+        "diversity/dino": diversity,
+    }
+    evaluation = {
+        **numbers,
+        "diversity/variance_dino": 1.0,
+        **{f"base/{k}": base for k in numbers},
+        "base/diversity/variance_dino": 1.0,
+        "seed": seed,
+    }
+    (directory / "eval.json").write_text(json.dumps(evaluation))
+    rng = np.random.default_rng(seed)
+    lines = [{"step": 1, "quality/a": 1.0}]
+    for i in range(5):
+        names = ("reward/mean", "reward/std", "entropy/policy", "entropy/perceptual")
+        lines.append({"step": i + 1, **{n: float(rng.normal()) for n in names}})
+    lines[-1]["reward/std"] = "nan"
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "samples").mkdir()
+    for step, level in ((0, 0), (5, 255)):
+        path = directory / "samples" / f"step_{step:06d}.png"
+        Image.new("RGB", (8, 8), (level, seed, 0)).save(path)
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three methods, two seeds each."""
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"none_{seed}", seed, 2.0, 0.1)
+        make_run(
+            tmp_path / "runs" / f"pec_{seed}", seed, 1.5, 0.9,
+            constraint__name="pec", constraint__weight=1.5,
+        )  # fmt: skip
+        make_run(
+            tmp_path / "runs" / f"cov_{seed}", seed, 1.9, 0.2,
+            constraint__name="clip_cov", constraint__space="latent",
+        )  # fmt: skip
+    return tmp_path / "runs"
+
+
+def test_seeds_are_gathered_and_rows_named_as_in_the_paper(runs):
+    found = run_table.rows_of_runs(run_table.find_runs([runs]))
+    labels = [(row.method, row.perceptual_space, row.weight, row.seeds) for row, _ in found]
+    assert labels == [
+        ("Base", "", "", ["0", "1"]),
+        ("Clip-Cov", "latent", "0.2", ["0", "1"]),
+        ("Flow-GRPO", "", "", ["0", "1"]),
+        ("PEC", "dino", "1.5", ["0", "1"]),
+    ]
+    rows = normalise([row for row, _ in found])
+    assert rows[0].mean("quality/a") == 0.5
+    assert rows[2].mean(COMPUTED[0]) == pytest.approx(1.0)
+
+
+def test_configs_of_one_name_are_told_apart(runs):
+    for seed in (0, 1):
+        make_run(
+            runs / f"pec_gaussian_{seed}", seed, constraint__name="pec",
+            constraint__weight=1.5, perception__estimator="gaussian",
+        )  # fmt: skip
+    found = run_table.rows_of_runs(run_table.find_runs([runs]))
+    methods = {row.method for row, _ in found}
+    assert "PEC (perception.estimator=gaussian)" in methods
+    assert "PEC (perception.estimator=knn)" in methods
+
+
+def test_a_run_with_another_schedule_is_another_seed_of_the_same(runs):
+    make_run(runs / "none_2", 2, schedule__log_every=5)
+    found = run_table.rows_of_runs(run_table.find_runs([runs]))
+    assert next(r for r, _ in found if r.method == "Flow-GRPO").seeds == ["0", "1", "2"]
+
+
+def test_everything_is_written(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    comparison.compare_runs([runs], out)
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert names == [
+        "figures/quality_diversity.png",
+        "figures/reward_entropy.png",
+        "figures/training_curves.png",
+        "report.html",
+        "table.csv",
+        "table.md",
+    ]
+    printed = capsys.readouterr().out
+    assert "PEC dino 1.5" in printed and "report.html" in printed
+
+
+def test_the_report_is_self_contained_and_shows_the_grids(runs, tmp_path, capsys):
+    comparison.compare_runs([runs], tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3 + 4  # figures, and a grid a row
+    for outside in ("http:", "https:", "<script", "<link"):
+        assert outside not in page
+    assert "±" in page and "PEC dino 1.5" in page
+
+
+def test_labels_are_escaped(runs):
+    (row, _), *_ = run_table.rows_of_runs(run_table.find_runs([runs]))
+    import dataclasses
+
+    rows = normalise([dataclasses.replace(row, method="<b>&"), row])
+    page = write_report(rows, {}, {})
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
+
+
+def test_mistakes_are_sentences(runs, tmp_path):
+    with pytest.raises(RunError, match="holds none"):
+        run_table.find_runs([tmp_path / "nothing"])
+    (runs / "none_0" / "eval.json").unlink()
+    with pytest.raises(RunError, match="not finished"):
+        run_table.find_runs([runs])
+    (runs / "none_0" / "eval.json").write_text("[1]")
+    with pytest.raises(RunError, match="not hold a JSON object"):
+        run_table.find_runs([runs])
+    (runs / "none_0" / "eval.json").write_text("{")
+    with pytest.raises(RunError, match="as JSON"):
+        run_table.find_runs([runs])
+
+
+def test_one_seed_twice_is_refused(runs):
+    make_run(runs / "again", 0)
+    with pytest.raises(RunError, match="one config with one seed"):
+        run_table.rows_of_runs(run_table.find_runs([runs]))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "pec_jax.compare", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_the_command(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("method,quality/a,diversity/b\nx,1,2\ny,2,1\n")
+    done = command(f"--table={path}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "figures" / "quality_diversity.png").exists()
+    wrong = command(f"--table={tmp_path / 'none.csv'}", f"--out={tmp_path / 'out'}")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("Error: cannot read")
+    assert command(f"--table={path}").returncode != 0
+
+
+def test_the_command_does_not_wait_for_jax():
+    code = "import sys; from pec_jax.evaluation import comparison; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
