@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ _QUICK = flags.DEFINE_bool("quick", False, "Ten minutes instead of hours.")
 
 CONFIG = sweep.ROOT / "configs" / "shapes_study.py"
 TUNING_SEED, TUNING_REWARD = "100", "pickscore"
-WEIGHTS = ("0.75", "1.5", "3.0")
+WEIGHTS = ("1.5", "3.0", "6.0")
 TARGETS = ("0.85", "1.0", "1.15")
 
 
@@ -106,7 +107,14 @@ def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
     """method -> value -> run, on the tuning seed."""
     return {
         method: {
-            value: job(runs / "tuning", TUNING_SEED, TUNING_REWARD, method, value)
+            value: job(
+                runs / "tuning",
+                TUNING_SEED,
+                TUNING_REWARD,
+                method,
+                value,
+                **{"eval.entropy_probes": "0"},
+            )
             for value in method.grid or ("",)
         }
         for method in (*METHODS, *ESTIMATORS)
@@ -161,8 +169,20 @@ def overall(directories: Sequence[Path]) -> dict[Path, float]:
 
 
 def run_all(jobs: Sequence[sweep.Job]) -> None:
-    """Runs what is missing; ends the program if something fails."""
-    failed = sweep.run_jobs(jobs, _JOBS.value)
+    """Runs what is missing; ends the program if something fails.
+
+    Runs of one seed begin from one model, which is evaluated once: the first run's evaluation of
+    it is handed to the others.
+    """
+    first = {dict(one.overrides)["seed"]: one for one in reversed(jobs)}
+    failed = sweep.run_jobs(list(first.values()), _JOBS.value)
+    for one in jobs:
+        source = first[dict(one.overrides)["seed"]].directory / "eval_base.json"
+        target = one.directory / "eval_base.json"
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    failed += sweep.run_jobs(jobs, _JOBS.value)
     if failed:
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
 
