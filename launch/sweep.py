@@ -200,10 +200,6 @@ def _run_job(job: Job, pool: _Cores, running: _Running) -> bool:
     job.directory.mkdir(parents=True, exist_ok=True)
     share = pool.take()
 
-    def confine() -> None:
-        if share:
-            os.sched_setaffinity(0, share)
-
     # All runs of a sweep compile the same few programs: they share them on disk.
     cache = str(job.directory.parent / ".compiled")
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
@@ -216,8 +212,9 @@ def _run_job(job: Job, pool: _Cores, running: _Running) -> bool:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is passed on by us, once
-                preexec_fn=confine,
             )
+            if share:  # before it has started a single thread
+                os.sched_setaffinity(process.pid, share)
             running.add(process)
             process.wait()
             running.remove(process)

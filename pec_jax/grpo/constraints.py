@@ -147,7 +147,10 @@ def penalise_selected(
     del options, clip_low, clip_high
     log_ratio = signals.logp - jax.lax.stop_gradient(signals.logp_old)
     plain = -jax.lax.stop_gradient(signals.advantages) * jnp.exp(log_ratio)
-    return plain + jnp.where(signals.selected, signals.weight * jnp.abs(log_ratio), 0.0)
+    # |x| with the derivative 0 at 0, as torch has it: JAX takes 1 there, which at the first update
+    # after a rollout, where every log-ratio is 0, would push all the selected down.
+    size = log_ratio * jax.lax.stop_gradient(jnp.sign(log_ratio))
+    return plain + jnp.where(signals.selected, signals.weight * size, 0.0)
 
 
 # The paper's.

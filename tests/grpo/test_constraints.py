@@ -117,7 +117,9 @@ def test_kl_adds_its_weighted_mean_and_trains():
     np.testing.assert_allclose(gradient, 0.05 / 12, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", list(constraints.CONSTRAINTS))
+@pytest.mark.parametrize(
+    "name", sorted(set(constraints.CONSTRAINTS) - {"clip_higher", "pec_target"})
+)
 def test_the_weight_stays_and_the_bounds_stay(name):
     constraint = get_constraint(name)
     assert constraint.name == name
@@ -168,7 +170,7 @@ def test_signals_are_a_pytree():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="none, kl, pec"):
+    with pytest.raises(ValueError, match="none, kl, .*, pec"):
         get_constraint("entropy")
     with pytest.raises(ValueError, match="perceptual, latent"):
         Options(space="pixel")
