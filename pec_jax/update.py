@@ -47,7 +47,8 @@ def update(
     advantages = _advantages(program, shaped, None)
     selected = jnp.zeros(signals.logp.shape, bool)
     if constraint.select is not None:
-        selected = constraint.select(signals._replace(advantages=advantages), options)
+        per_step = jnp.broadcast_to(advantages, signals.logp.shape)
+        selected = constraint.select(signals._replace(advantages=per_step), options)
     parts = _micro_batches(program, batch, experience, selected, jnp.std(shaped, axis=(-2, -1)))
     num_updates = config.minibatches * config.epochs
     if num_updates > 1:

@@ -170,7 +170,7 @@ def test_signals_are_a_pytree():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="none, kl, .*, pec"):
+    with pytest.raises(ValueError, match=r"none, kl, .*, pec"):
         get_constraint("entropy")
     with pytest.raises(ValueError, match="perceptual, latent"):
         Options(space="pixel")
