@@ -45,7 +45,7 @@ def compile_phases(world, state, batch, key):
 
     trajectory = add("rollout", rollout, state.params, frozen, batch, key)
     experience = add("decode, score, entropy", score, frozen, batch, trajectory)
-    add("update", update, state, frozen, batch, experience)
+    add("update", update, state, frozen, batch, experience, key)
     add("whole step", train_step, state, frozen, batch, key)
     return compiled
 

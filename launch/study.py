@@ -203,6 +203,17 @@ def reported_jobs(
     ]
 
 
+def compare_estimators(
+    runs: Path, out: Path, estimators: Sequence[Method], values: dict[str, list[str]]
+) -> None:
+    """PEC in DINO's space with each estimator; with knn the rows are there already."""
+    knn = [method for method in METHODS if method.label == "pec-dino"]
+    plain = reported_jobs(runs / TUNING_REWARD, TUNING_REWARD, knn, values, _SEEDS.value)
+    jobs = reported_jobs(runs / "estimators", TUNING_REWARD, estimators, values, _SEEDS.value)
+    run_all(jobs)
+    sweep.compare([one.directory for one in (*plain, *jobs)], out / "estimators")
+
+
 def main(argv: list[str]) -> None:
     """Tunes, trains, compares."""
     if len(argv) > 1:
@@ -220,13 +231,8 @@ def main(argv: list[str]) -> None:
         jobs = reported_jobs(runs / reward, reward, methods, chosen, _SEEDS.value)
         run_all(jobs)
         sweep.compare([one.directory for one in jobs], out / reward)
-    if estimators:
-        # With knn the same rows are in the first table already.
-        knn = [method for method in METHODS if method.label == "pec-dino"]
-        jobs = reported_jobs(runs / "estimators", TUNING_REWARD, estimators, chosen, _SEEDS.value)
-        run_all(jobs)
-        plain = reported_jobs(runs / TUNING_REWARD, TUNING_REWARD, knn, chosen, _SEEDS.value)
-        sweep.compare([one.directory for one in (*plain, *jobs)], out / "estimators")
+        if reward == TUNING_REWARD and estimators:
+            compare_estimators(runs, out, estimators, chosen)
     study_claims.write(runs, out, rewards)
 
 
