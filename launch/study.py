@@ -2,7 +2,7 @@
 
     python launch/study.py --runs=runs/study --out=docs/results/study
 
-First every method's own parameter is chosen by the same grid of three values on a seed that is
+First every method's own parameter is chosen by the same grid of three values, on a seed that is
 not reported; then all rows of the table are trained for every seed and both rewards; then the
 tables, figures and reports are made. Finished runs are passed over, interrupted ones go on, and
 so the command can be killed and given again. `--quick` is a version of ten minutes: one reward,
@@ -63,7 +63,9 @@ class Method:
         return result | ({f"constraint.{self.field}": value} if value else {})
 
 
-START = (("constraint.weight", "1.0"),)  # of the dual variable
+DUAL = (("constraint.weight", "3.0"), ("constraint.rate", "1.0"))
+ALL = "dino+clip+pickscore"  # the three spaces at once
+TUNING_ITERATIONS = 60  # half of a reported run's
 LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages
 METHODS = (
     Method("none"),
@@ -79,8 +81,10 @@ METHODS = (
     Method("pcvae", "dino", grid=WEIGHTS, rows=2),
     Method("pec", "pickscore", grid=WEIGHTS, rows=2),
     Method("pcvae", "pickscore", grid=WEIGHTS, rows=2),
-    Method("pec_target", "dino", "target", TARGETS, extra=START),
-    Method("pec_target", "pickscore", "target", TARGETS, extra=START),
+    Method("pec", ALL, grid=WEIGHTS),
+    Method("pec_target", "dino", "target", TARGETS, extra=DUAL),
+    Method("pec_target", "pickscore", "target", TARGETS, extra=DUAL),
+    Method("pec_target", ALL, "target", TARGETS, extra=DUAL),
 )
 # PEC in DINO's space with the other estimators; with knn it is a row of the table.
 ESTIMATORS = tuple(
@@ -113,7 +117,7 @@ def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
                 TUNING_REWARD,
                 method,
                 value,
-                **{"eval.entropy_probes": "0"},
+                **{"eval.entropy_probes": "0", "num_iterations": str(TUNING_ITERATIONS)},
             )
             for value in method.grid or ("",)
         }
