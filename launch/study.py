@@ -91,6 +91,7 @@ ESTIMATORS = tuple(
     Method("pec", "dino", grid=WEIGHTS, extra=(("perception.estimator", name),), tag=name)
     for name in ("gaussian", "logdet")
 )
+QUICK_LENGTH = {"num_iterations": str(TUNING_ITERATIONS)}
 QUICK = ("none", "kl", "pec-dino", "pec-pickscore")
 
 
@@ -200,7 +201,7 @@ def reported_jobs(
 ) -> list[sweep.Job]:
     """The rows of one table, all seeds; whole rounds of one seed come first."""
     return [
-        job(directory, seed, reward, method, value)
+        job(directory, seed, reward, method, value, **(QUICK_LENGTH if _QUICK.value else {}))
         for seed in seeds
         for method in methods
         for value in (values[method.label][: method.rows] if method.grid else [""])
@@ -228,7 +229,7 @@ def main(argv: list[str]) -> None:
         methods = tuple(dataclasses.replace(m, rows=1) for m in METHODS if m.label in QUICK)
         estimators, rewards = (), [TUNING_REWARD]
         chosen = ranked(json.loads((out / "tuned.json").read_text(encoding="utf-8"))["overall"])
-        out = runs / "results"
+        runs, out = runs / "quick", runs / "quick" / "results"
     else:
         chosen = choose(runs, out)
     for reward in rewards:

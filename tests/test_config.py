@@ -10,7 +10,7 @@ import pytest
 from pec_jax import config as config_lib
 from pec_jax.config import ConfigError, from_config_dict
 
-CONFIGS = ("base", "shapes_grpo", "shapes_grpo_kl", "shapes_pec")
+CONFIGS = ("base", "shapes_grpo", "shapes_grpo_kl", "shapes_pec", "shapes_study")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

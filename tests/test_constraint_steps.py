@@ -129,6 +129,13 @@ def test_what_is_no_sum_of_encoders_is_refused(text):
         perception_spaces(from_config_dict(config))
 
 
+def test_a_sum_with_an_unknown_encoder_is_refused():
+    config = small_config_dict()
+    config.perception.encoder = "dino + nothing"
+    with pytest.raises(ConfigError, match="nothing"):
+        make_world(from_config_dict(config))
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [

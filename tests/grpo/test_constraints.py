@@ -1,4 +1,4 @@
-"""Constraints: the three that exist, and that the hooks carry what others will need."""
+"""Constraints: rewards, bounds and weights, and that the hooks carry what others will need."""
 
 from __future__ import annotations
 
@@ -125,6 +125,43 @@ def test_the_weight_stays_and_the_bounds_stay(name):
     assert constraint.name == name
     assert constraint.clip_bounds(_signals(), Options(), 0.1, 0.3) == (0.1, 0.3)
     assert float(constraint.update_weight(_signals(), Options())) == np.float32(0.05)
+
+
+_SELECTED = np.arange(12).reshape(3, 4) % 3 == 0
+_PLAIN = -np.asarray(ADVANTAGES) / 12  # REINFORCE
+_CENTRED = np.asarray(SURPRISAL) - np.asarray(SURPRISAL).mean(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("none", Options(), _PLAIN),
+        ("kl", Options(), _PLAIN),
+        ("clip_higher", Options(), _PLAIN),
+        ("entropy_reg", Options(), _PLAIN - 0.05 * _CENTRED / 12),
+        ("entropy_reg", Options(space="latent", gradient="exact"), _PLAIN),
+        ("clip_cov", Options(), np.where(_SELECTED, 0.0, _PLAIN)),
+        ("kl_cov", Options(), _PLAIN),
+        ("pec", Options(), _PLAIN),
+        ("pcvae", Options(), _PLAIN),
+        # d/dlogp of r (log p_perc - logp) at r = 1
+        ("pcvae", Options(kl_as="loss"), _PLAIN - 0.05 * (SURPRISAL + LOGP + 1) / 12),
+        ("pec_target", Options(), _PLAIN),
+    ],
+)
+@pytest.mark.parametrize("clip", [0.0, 1e-4])
+def test_the_gradient_in_logp_at_ratio_exactly_one(name, options, expected, clip):
+    """At the first update after a rollout nothing is clipped, whatever the clip range."""
+    signals = _signals(
+        logp_old=LOGP, ratio=None, entropy=jnp.float32(0.3), selected=jnp.asarray(_SELECTED)
+    )
+
+    def loss(logp):
+        method = get_constraint(name)
+        return constrained_loss(method, signals._replace(logp=logp), options, clip, clip)[0]
+
+    # fp32 numbers of size 0.1
+    np.testing.assert_allclose(jax.grad(loss)(LOGP), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_every_hook_reaches_the_loss():
