@@ -14,7 +14,15 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # governs everything random
     config.num_iterations = 100
+    _model_and_data(config)
+    _method(config)
+    _optimizer_and_run(config)
+    config.lock()
+    return config
 
+
+def _model_and_data(config: ConfigDict) -> None:
+    """What is fine-tuned, how it draws, and on which prompts."""
     config.model = ConfigDict(
         {
             "path": "shapes",
@@ -59,6 +67,10 @@ def get_config() -> ConfigDict:
     config.batch = ConfigDict(
         {"groups": 48, "group_size": 24, "micro_groups": 0, "decode_groups": 0}
     )
+
+
+def _method(config: ConfigDict) -> None:
+    """What is rewarded and constrained, and the policy update."""
     config.rewards = ConfigDict({"pickscore": 1.0, "clip": 0.0, "attributes": 0.0})
     config.encoders = ConfigDict({"pickscore": "", "dino": "", "clip": ""})
     config.perception = ConfigDict(
@@ -99,6 +111,10 @@ def get_config() -> ConfigDict:
             "epochs": 1,
         }
     )
+
+
+def _optimizer_and_run(config: ConfigDict) -> None:
+    """How parameters move, and what the host does besides."""
     config.optimizer = ConfigDict(
         {
             "learning_rate": 3e-4,
@@ -135,5 +151,3 @@ def get_config() -> ConfigDict:
         }
     )
     config.mesh = ConfigDict({"data": -1})
-    config.lock()
-    return config
