@@ -1,0 +1,112 @@
+"""The study: its rows are the paper's, its overrides exist, its claims are computed right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from pec_jax.config import from_config_dict
+from pec_jax.evaluation.table import Row, normalise
+from pec_jax.grpo.constraints import CONSTRAINTS
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+@pytest.fixture(scope="module")
+def study():
+    """launch/ is not a package: its files find each other through the path, as when run."""
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        yield importlib.import_module("study")
+    finally:
+        sys.path.remove(str(LAUNCH))
+
+
+@pytest.fixture(scope="module")
+def claims(study):
+    return sys.modules["study_claims"]
+
+
+def test_every_constraint_has_a_row(study):
+    assert {method.name for method in study.METHODS} == set(CONSTRAINTS)
+    by_name = [(method.name, method.space, method.rows) for method in study.METHODS]
+    for name in ("entropy_reg", "clip_cov", "kl_cov"):
+        assert {(name, "latent", 1), (name, "pickscore", 1)} <= set(by_name)
+    for name in ("pec", "pcvae"):  # two weights each, as in the paper's table
+        assert {(name, "dino", 2), (name, "pickscore", 2)} <= set(by_name)
+
+
+def test_every_method_is_tuned_by_as_many_values(study):
+    assert {len(method.grid) for method in study.METHODS[1:]} == {3}
+    jobs = study.tuning_jobs(Path("runs"))
+    assert all(dict(job.overrides)["seed"] == "100" for v in jobs.values() for job in v.values())
+    assert "100" not in study.flags.FLAGS["seeds"].default
+
+
+def test_every_override_is_a_field_of_the_config(study):
+    from configs import shapes_study
+
+    for method in (*study.METHODS, *study.ESTIMATORS):
+        for value in method.grid or ("",):
+            config: ConfigDict = shapes_study.get_config()
+            made = study.job(Path("runs"), "3", "attributes", method, value)
+            for field, text in made.overrides:
+                *path, last = field.split(".")
+                section = config
+                for name in path:
+                    section = section[name]
+                section[last] = type(section[last])(text)
+            assert from_config_dict(config).constraint.name == method.name
+            assert config.rewards.attributes == 1.0 and config.rewards.pickscore == 0.0
+
+
+def test_directories_do_not_collide(study):
+    jobs = [j for v in study.tuning_jobs(Path("runs")).values() for j in v.values()]
+    assert len({job.directory for job in jobs}) == len(jobs)
+
+
+def test_the_best_values_come_first(study):
+    assert study.ranked({"pec": {"1": 0.2, "2": 0.9, "3": 0.5}}) == {"pec": ["2", "3", "1"]}
+
+
+def test_how_well_a_target_is_held(claims, tmp_path):
+    lines = [
+        {"step": i + 1, "reward/mean": 1.0, "constraint/target": 0.5, "entropy/perceptual": h}
+        for i, h in enumerate([9.0] * claims.WARM_UP + [0.4, 0.5, 0.9])
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in [{"step": 1, "quality/a": 1.0}, *lines])
+    (tmp_path / "metrics.jsonl").write_text(text)
+    held = claims.target_held(tmp_path)
+    assert held["mean"] == pytest.approx(0.6)
+    assert held["relative"] == pytest.approx(0.2)
+    assert held["spread"] == pytest.approx(np.exp(0.1) - 1)
+
+
+def test_both_at_once_means_both(claims):
+    def row(name, quality, diversity):
+        return Row(name, "", "", {"quality/a": {"0": quality}, "diversity/b": {"0": diversity}})
+
+    rows = normalise([row("Base", 0, 2), row("Flow-GRPO", 2, 0), row("X", 2, 2), row("Y", 3, 1)])
+    assert claims.both_at_once(rows).endswith("at once: X.")
+    assert claims.both_at_once(rows[:2]).endswith("at once: none.")
+
+
+def test_the_estimators_ranks(claims, tmp_path):
+    directories = []
+    for i in range(4):
+        directory = tmp_path / str(i)
+        directory.mkdir()
+        numbers = {"diversity/vendi_": i, "diversity/": -i}
+        numbers |= {"entropy/gaussian_": i, "entropy/logdet_": i**2, "entropy/knn_": -i}
+        spaces = ("dino", "clip", "pickscore")
+        values = {name + space: value for name, value in numbers.items() for space in spaces}
+        (directory / "eval.json").write_text(json.dumps(values))
+        directories.append(directory)
+    text = claims.estimator_ranks(directories)
+    assert "| gaussian, dino | 1.000 | 1.000 | -1.000 | 1.000 | -1.000 |" in text
