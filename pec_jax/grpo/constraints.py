@@ -137,7 +137,8 @@ def pick_top(signals: Signals, options: Options) -> Array:
     Source: Cui et al. 2025 (arXiv 2505.22617), KL-Cov.
     """
     values = covariances(signals, options)
-    return values >= jnp.quantile(values, 1.0 - options.cov_share)
+    # Strictly: with a share of 0, or where all are equal, none is marked.
+    return values > jnp.quantile(values, 1.0 - options.cov_share)
 
 
 def penalise_selected(

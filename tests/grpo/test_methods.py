@@ -181,6 +181,9 @@ def test_kl_cov_picks_the_top():
     values = np.asarray(covariances(signals(), Options()))
     assert picked.sum() == 12
     assert values[picked].min() > values[~picked].max()
+    assert not constraints.pick_top(signals(), Options(cov_share=0.0)).any()
+    still = signals(advantages=jnp.zeros(SHAPE))
+    assert not constraints.pick_top(still, Options(cov_share=0.2)).any()
 
 
 def test_kl_cov_penalises_the_selected_and_clips_nothing():
