@@ -12,6 +12,21 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `configs` is not a part of the installed package
 
 
+def _take_a_share_of_the_cores():
+    """One worker of pytest-xdist, one share: threads of several wait for each other otherwise."""
+    worker, count = (
+        os.environ.get("PYTEST_XDIST_WORKER"),
+        os.environ.get("PYTEST_XDIST_WORKER_COUNT"),
+    )
+    if worker and count and hasattr(os, "sched_setaffinity"):
+        share = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: int(count)]
+        if share:
+            os.sched_setaffinity(0, share)
+
+
+_take_a_share_of_the_cores()  # before jax counts them
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Prompt sets and compiled programs are cached outside of the user's home."""
