@@ -22,14 +22,10 @@ import study_claims
 import sweep
 from absl import app, flags
 
-_RUNS = flags.DEFINE_string("runs", "runs/study", "Where the run directories lie.")
-_OUT = flags.DEFINE_string("out", "docs/results/study", "Where tables and figures are written.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every row.")
-_REWARDS = flags.DEFINE_list("rewards", ["pickscore", "attributes"], "Rewards to train on.")
-_JOBS = flags.DEFINE_integer("jobs", 2, "Runs at the same time.", lower_bound=1)
-_QUICK = flags.DEFINE_bool("quick", False, "Ten minutes instead of hours.")
-
 CONFIG = sweep.ROOT / "configs" / "shapes_study.py"
+TUNED = sweep.ROOT / "docs" / "results" / "study" / "tuned.json"
+REWARDS = ("pickscore", "attributes")  # each is trained on alone
+SEEDS = ("0", "1", "2")
 TUNING_SEED, TUNING_REWARD = "100", "pickscore"
 WEIGHTS = ("1.5", "3.0", "6.0")
 TARGETS = ("0.85", "1.0", "1.15")
@@ -126,7 +122,7 @@ def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
     }
 
 
-def choose(runs: Path, out: Path) -> dict[str, list[str]]:
+def choose(runs: Path, out: Path, parallel: int) -> dict[str, list[str]]:
     """Trains the grids and ranks every method's values by the overall score among all of them.
 
     Returns:
@@ -134,7 +130,7 @@ def choose(runs: Path, out: Path) -> dict[str, list[str]]:
     """
     jobs = tuning_jobs(runs)
     flat = [run for values in jobs.values() for run in values.values()]
-    run_all(flat)
+    run_all(flat, parallel)
     scores = overall([run.directory for run in flat])
     record = {
         method.label: {value: scores[run.directory] for value, run in values.items()}
@@ -173,21 +169,21 @@ def overall(directories: Sequence[Path]) -> dict[Path, float]:
     }
 
 
-def run_all(jobs: Sequence[sweep.Job]) -> None:
-    """Runs what is missing; ends the program if something fails.
+def run_all(jobs: Sequence[sweep.Job], parallel: int) -> None:
+    """Runs what is missing, `parallel` at a time; ends the program if something fails.
 
     Runs of one seed begin from one model, which is evaluated once: the first run's evaluation of
     it is handed to the others.
     """
     first = {dict(one.overrides)["seed"]: one for one in reversed(jobs)}
-    failed = sweep.run_jobs(list(first.values()), _JOBS.value)
+    failed = sweep.run_jobs(list(first.values()), parallel)
     for one in jobs:
         source = first[dict(one.overrides)["seed"]].directory / "eval_base.json"
         target = one.directory / "eval_base.json"
         if source.exists() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-    failed += sweep.run_jobs(jobs, _JOBS.value)
+    failed += sweep.run_jobs(jobs, parallel)
     if failed:
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
 
@@ -198,25 +194,44 @@ def reported_jobs(
     methods: Sequence[Method],
     values: dict[str, list[str]],
     seeds: Sequence[str],
+    **more: str,
 ) -> list[sweep.Job]:
     """The rows of one table, all seeds; whole rounds of one seed come first."""
     return [
-        job(directory, seed, reward, method, value, **(QUICK_LENGTH if _QUICK.value else {}))
+        job(directory, seed, reward, method, value, **more)
         for seed in seeds
         for method in methods
         for value in (values[method.label][: method.rows] if method.grid else [""])
     ]
 
 
-def compare_estimators(
-    runs: Path, out: Path, estimators: Sequence[Method], values: dict[str, list[str]]
+def train_and_compare(
+    runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
 ) -> None:
-    """PEC in DINO's space with each estimator; with knn the rows are there already."""
-    knn = [method for method in METHODS if method.label == "pec-dino"]
-    plain = reported_jobs(runs / TUNING_REWARD, TUNING_REWARD, knn, values, _SEEDS.value)
-    jobs = reported_jobs(runs / "estimators", TUNING_REWARD, estimators, values, _SEEDS.value)
-    run_all(jobs)
+    """All rows on both rewards, and PEC in DINO's space with the other estimators."""
+    for reward in REWARDS:
+        jobs = reported_jobs(runs / reward, reward, METHODS, chosen, seeds)
+        run_all(jobs, parallel)
+        sweep.compare([one.directory for one in jobs], out / reward)
+    knn = [method for method in METHODS if method.label == "pec-dino"]  # trained above
+    plain = reported_jobs(runs / TUNING_REWARD, TUNING_REWARD, knn, chosen, seeds)
+    jobs = reported_jobs(runs / "estimators", TUNING_REWARD, ESTIMATORS, chosen, seeds)
+    run_all(jobs, parallel)
     sweep.compare([one.directory for one in (*plain, *jobs)], out / "estimators")
+    study_claims.write(runs, out, REWARDS)
+
+
+def quick(
+    runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
+) -> None:
+    """A few rows on one reward, half as long."""
+    methods = [dataclasses.replace(m, rows=1) for m in METHODS if m.label in QUICK]
+    jobs = reported_jobs(
+        runs / TUNING_REWARD, TUNING_REWARD, methods, chosen, seeds, **QUICK_LENGTH
+    )
+    run_all(jobs, parallel)
+    sweep.compare([one.directory for one in jobs], out / TUNING_REWARD)
+    study_claims.write(runs, out, [TUNING_REWARD])
 
 
 def main(argv: list[str]) -> None:
@@ -224,22 +239,18 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     runs, out = Path(_RUNS.value).absolute(), Path(_OUT.value).absolute()
-    methods, estimators, rewards = METHODS, ESTIMATORS, _REWARDS.value
     if _QUICK.value:
-        methods = tuple(dataclasses.replace(m, rows=1) for m in METHODS if m.label in QUICK)
-        estimators, rewards = (), [TUNING_REWARD]
-        chosen = ranked(json.loads((out / "tuned.json").read_text(encoding="utf-8"))["overall"])
-        runs, out = runs / "quick", runs / "quick" / "results"
+        chosen = ranked(json.loads(TUNED.read_text(encoding="utf-8"))["overall"])
+        quick(runs / "quick", runs / "quick" / "results", chosen, _SEEDS.value, _JOBS.value)
     else:
-        chosen = choose(runs, out)
-    for reward in rewards:
-        jobs = reported_jobs(runs / reward, reward, methods, chosen, _SEEDS.value)
-        run_all(jobs)
-        sweep.compare([one.directory for one in jobs], out / reward)
-        if reward == TUNING_REWARD and estimators:
-            compare_estimators(runs, out, estimators, chosen)
-    study_claims.write(runs, out, rewards)
+        chosen = choose(runs, out, _JOBS.value)
+        train_and_compare(runs, out, chosen, _SEEDS.value, _JOBS.value)
 
 
 if __name__ == "__main__":
+    _RUNS = flags.DEFINE_string("runs", "runs/study", "Where the run directories lie.")
+    _OUT = flags.DEFINE_string("out", "docs/results/study", "Where tables and figures go.")
+    _SEEDS = flags.DEFINE_list("seeds", list(SEEDS), "Seeds of every row.")
+    _JOBS = flags.DEFINE_integer("jobs", 2, "Runs at the same time.", lower_bound=1)
+    _QUICK = flags.DEFINE_bool("quick", False, "Ten minutes instead of hours.")
     app.run(main)

@@ -45,8 +45,12 @@ def test_every_constraint_has_a_row(study):
 def test_every_method_is_tuned_by_as_many_values(study):
     assert {len(method.grid) for method in study.METHODS[1:]} == {3}
     jobs = study.tuning_jobs(Path("runs"))
-    assert all(dict(job.overrides)["seed"] == "100" for v in jobs.values() for job in v.values())
-    assert "100" not in study.flags.FLAGS["seeds"].default
+    assert all(
+        dict(job.overrides)["seed"] == study.TUNING_SEED
+        for v in jobs.values()
+        for job in v.values()
+    )
+    assert study.TUNING_SEED not in study.SEEDS
 
 
 def test_every_override_is_a_field_of_the_config(study):
