@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-WARM_UP = 20  # iterations that pec_target's dual variable has to find its value
+WARM_UP = 16  # iterations that pec_target's dual variable has to find its value
 
 
 def write(runs: Path, out: Path, rewards: Sequence[str]) -> None:

@@ -202,7 +202,11 @@ def _run_job(job: Job, pool: _Cores, running: _Running) -> bool:
 
     # All runs of a sweep compile the same few programs: they share them on disk.
     cache = str(job.directory.parent / ".compiled")
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # many small ones add up
+        **os.environ,
+    }
     try:
         with (job.directory / "log.txt").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(

@@ -114,3 +114,26 @@ def test_the_estimators_ranks(claims, tmp_path):
         directories.append(directory)
     text = claims.estimator_ranks(directories)
     assert "| gaussian, dino | 1.000 | 1.000 | -1.000 | 1.000 | -1.000 |" in text
+
+
+def test_archived_runs_come_back_as_finished_ones(study, tmp_path):
+    archive = sys.modules["study_archive"]
+    run = tmp_path / "runs" / "pickscore" / "none_seed=0"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"seed": 0}')
+    (run / "eval.json").write_text('{"quality/a": 0.123456789}')
+    (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 2.5}\n{"step": 2}\n')
+    (run / "checkpoint").write_text("large")
+    unfinished = tmp_path / "runs" / "pickscore" / "none_seed=1"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("{}")
+
+    archive.pack(tmp_path / "runs", tmp_path)
+    archive.unpack(tmp_path, tmp_path / "again")
+
+    again = tmp_path / "again" / "pickscore"
+    assert sorted(p.name for p in again.iterdir()) == ["none_seed=0"]
+    assert json.loads((again / run.name / "eval.json").read_text()) == {"quality/a": 0.12346}
+    steps = (again / run.name / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [1, 2]
+    assert not (again / run.name / "checkpoint").exists()
