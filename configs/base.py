@@ -65,7 +65,13 @@ def _model_and_data(config: ConfigDict) -> None:
         }
     )
     config.batch = ConfigDict(
-        {"groups": 48, "group_size": 24, "micro_groups": 0, "decode_groups": 0}
+        {
+            "groups": 48,
+            "group_size": 24,
+            "rollout_images": 0,
+            "decode_images": 0,
+            "update_images": 0,
+        }
     )
 
 
@@ -150,4 +156,19 @@ def _optimizer_and_run(config: ConfigDict) -> None:
             "keep_checkpoints": 2,
         }
     )
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict(
+        {
+            "data": -1,
+            "fsdp": 1,
+            "tensor": 1,
+            "rules": {
+                "batch": ("data", "fsdp"),
+                "embed": ("fsdp",),
+                "rank": ("fsdp",),  # of a LoRA, where the other axis is not split
+                "conv_out": ("fsdp",),
+                "mlp": ("tensor",),
+                "heads": ("tensor",),
+                "vocab": ("tensor",),
+            },
+        }
+    )

@@ -48,7 +48,9 @@ def get_config() -> ConfigDict:
         )
     config.prompts.update({"train": "prompts/train.txt", "heldout": "prompts/heldout.txt"})
     config.sampler.storage_dtype = "bfloat16"
-    config.batch.update({"groups": 48, "group_size": 24, "micro_groups": 24, "decode_groups": 24})
+    config.batch.update({"groups": 48, "group_size": 24})
+    config.batch.update({"rollout_images": 4, "decode_images": 1, "update_images": 1})
+    config.mesh.update({"data": 1, "fsdp": -1})  # weights are spread over all chips
     config.eval.update({"num_prompts": 256, "images_per_prompt": 8, "groups": 16})
     config.eval.update({"sample_columns": 8})
     config.schedule.update({"sample_every": 20, "eval_every": 100, "checkpoint_every": 20})

@@ -10,9 +10,9 @@ Weights of rewards are in reward stds per nat.
 Window: the first three of the six steps are noisy and trained, as in Flow-GRPO-Fast; they decide
 what is drawn and where. An iteration costs 0.73x of one with five trained steps, and Flow-GRPO
 collapses in two thirds as many.
-Length: 48 iterations of two updates. After 40 on a seed that is not reported, Flow-GRPO kept a
+Length: 40 iterations of two updates. After them, on a seed that is not reported, Flow-GRPO kept a
 sixth of the variance in DINO's space.
-Cost: about 90 seconds a run on one core.
+Cost: about 80 seconds a run on one core.
 Command: python launch/study.py --runs=runs/study --out=docs/results/study
 """
 
@@ -24,7 +24,7 @@ from configs import shapes_grpo
 def get_config() -> ConfigDict:
     """Returns the config: shapes_grpo with a window, two updates an iteration, and shorter."""
     config = shapes_grpo.get_config()
-    config.num_iterations = 48
+    config.num_iterations = 40
     config.sampler.window = (0, 3)
     config.grpo.update({"minibatches": 2, "clip_low": 1.6e-3, "clip_high": 1.6e-3})
     config.constraint.unit = "reward_std"

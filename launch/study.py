@@ -63,7 +63,7 @@ class Method:
 
 DUAL = (("constraint.weight", "3.0"), ("constraint.rate", "2.0"))
 ALL = "dino+clip+pickscore"  # the three spaces at once
-TUNING_ITERATIONS = 24  # half of a reported run's
+TUNING_ITERATIONS = 24  # of the 40 of a reported run
 LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages
 METHODS = (
     Method("none"),
@@ -81,7 +81,7 @@ METHODS = (
     Method("pcvae", "pickscore", grid=WEIGHTS, rows=2),
     Method("pec_target", ALL, "target", TARGETS, extra=DUAL),
 )
-# PEC in DINO's space with the other estimators; with knn it is a row of the table.
+# PEC in DINO's space with the other estimators, tuned like the rows; with knn it is one of them.
 ESTIMATORS = tuple(
     Method("pec", "dino", grid=WEIGHTS, extra=(("perception.estimator", name),), tag=name)
     for name in ("gaussian", "logdet")
@@ -207,16 +207,18 @@ def reported_jobs(
 def train_and_compare(
     runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
 ) -> None:
-    """All rows on both rewards, and PEC in DINO's space with the other estimators."""
+    """All rows on both rewards; and the grids of PEC in DINO's space with each estimator."""
     for reward in REWARDS:
         jobs = reported_jobs(runs / reward, reward, METHODS, chosen, seeds)
         run_all(jobs, parallel)
         sweep.compare([one.directory for one in jobs], out / reward)
-    knn = [method for method in METHODS if method.label == "pec-dino"]  # trained above
-    plain = reported_jobs(runs / TUNING_REWARD, TUNING_REWARD, knn, chosen, seeds)
-    jobs = reported_jobs(runs / "estimators", TUNING_REWARD, ESTIMATORS, chosen, seeds)
-    run_all(jobs, parallel)
-    sweep.compare([one.directory for one in (*plain, *jobs)], out / "estimators")
+    grids = [
+        run.directory
+        for method, values in tuning_jobs(runs).items()
+        if method in ESTIMATORS or method.label in ("none", "pec-dino")
+        for run in values.values()
+    ]
+    sweep.compare(grids, out / "estimators")
     study_claims.write(runs, out, REWARDS)
 
 

@@ -42,7 +42,39 @@ def _of_reward(directories: Sequence[Path]) -> str:
             lines.append(f"- {method}: {_interval(value)}")
     lines.append("\n" + both_at_once(rows))
     lines.append("\n" + _targets_held(directories))
+    lines.append("\n" + policy_entropy_range(directories))
+    lines.append("\n" + fits(directories))
     return "\n".join(lines)
+
+
+def policy_entropy_range(directories: Sequence[Path]) -> str:
+    """How far the policy's entropy moves over all iterations of all runs."""
+    steps = [step for directory in directories for step in _steps(directory)]
+    exact = [step["entropy/policy"] for step in steps]
+    sampled = np.array([step["entropy/policy_mc"] for step in steps])
+    moved = max(exact) - min(exact)
+    return (
+        f"The policy's entropy over all {len(steps)} iterations: {exact[0]:.4f} nats per "
+        f"dimension, and moves by {moved:.1e}; as sampled, {sampled.mean():.4f} with a standard "
+        f"deviation of {sampled.std():.4f}."
+    )
+
+
+def fits(directories: Sequence[Path]) -> str:
+    """The paper's R = -a exp(H_perc) + b over the iterations of each plain Flow-GRPO run."""
+    lines = ["R = -a exp(H_perc) + b over the iterations of Flow-GRPO, by seed:\n"]
+    for directory in directories:
+        if directory.name.startswith("none_"):
+            found = json.loads((directory / "eval.json").read_text("utf-8"))
+            a, b, r2 = (found.get(f"fit/{name}", math.nan) for name in ("a", "b", "r2"))
+            lines.append(f"- {directory.name}: a = {a:.4f}, b = {b:.4f}, R^2 = {r2:.2f}")
+    return "\n".join(lines)
+
+
+def _steps(directory: Path) -> list[dict[str, float]]:
+    """The training lines of a run's metrics."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [step for step in map(json.loads, lines) if "reward/mean" in step]
 
 
 def both_at_once(rows) -> str:
@@ -78,9 +110,7 @@ def _targets_held(directories: Sequence[Path]) -> str:
 
 def target_held(directory: Path) -> dict[str, float]:
     """How far a pec_target run's perceptual entropy is from its target after warm-up."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [step for step in map(json.loads, lines) if "reward/mean" in step]
-    after = [step for step in steps if step["step"] > WARM_UP]
+    after = [step for step in _steps(directory) if step["step"] > WARM_UP]
     target = after[0]["constraint/target"]
     mean = float(np.mean([step["entropy/perceptual"] for step in after]))
     return {

@@ -11,12 +11,12 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 from pec_jax import embedding, generation
 from pec_jax.assets import pipeline_directory, prompt_file
@@ -36,9 +36,11 @@ from pec_jax.perception.entropy import (
 )
 from pec_jax.program import Frozen, Program, constraint_options
 from pec_jax.rewards import base as rewards
+from pec_jax.sharding import Placement
 from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights.convert import logical_axes
 from pec_jax.weights.hub import model_directory
-from pec_jax.weights.pipeline import Pipeline, load_pipeline
+from pec_jax.weights.pipeline import Pipeline, load_pipeline, transformer_boxes
 
 ENCODER_REWARDS = ("clip", "pickscore")  # rewards that look through the encoder of their name
 
@@ -52,6 +54,7 @@ class World:
     program: Program
     frozen: Frozen
     params: PyTree  # trainable parameters at the start
+    param_axes: PyTree  # the logical axes of each of them
     all_rewards: rewards.CombinedReward  # with those of weight 0, for evaluation
     all_reward_encoders: dict[str, str]
     train: PromptTable
@@ -61,18 +64,18 @@ class World:
     sample_prompts: list[Prompt]
 
 
-def make_world(config: Config, sharding: Any = None) -> World:
+def make_world(config: Config, place: Placement | None = None) -> World:
     """Loads and builds everything; a mistake in the config is reported before anything is slow.
 
     Args:
       config: the run's.
-      sharding: where the weights of transformer and autoencoder go; None leaves them on the host.
+      place: where weights go; None leaves them on the host, or on the default device.
 
     Raises:
       ConfigError: a name that does not exist, with those that do.
       ValueError: from the loaders: what was wrong in which file.
     """
-    _check_names(config)
+    check_names(config)
     prompts = {
         "train": list(load_prompts(prompt_file(config.prompts.train))),
         "heldout": list(load_prompts(prompt_file(config.prompts.heldout))),
@@ -83,19 +86,17 @@ def make_world(config: Config, sharding: Any = None) -> World:
     prompts["samples"] = (sampled or prompts["heldout"])[: config.eval.sample_rows]
 
     root = pipeline_directory(config.model.path, config.model.variant)
-    pipeline = _load(config, root, sharding)
+    pipeline = load_model(config, root, place)
     encoders = {
         name: load_encoder(
             model_directory(path) if path else root / "encoders" / name,
             jnp.dtype(config.model.encoder_dtype),
+            sharding=place,
         )
         for name, path in config.encoders.items()
     }
-    reward, reward_encoder = _make_rewards(
-        {k: v for k, v in config.rewards.items() if v != 0}, encoders
-    )
+    program = make_program(config, pipeline, encoders)
     all_rewards, all_reward_encoders = _make_rewards(config.rewards, encoders)
-    program = _make_program(config, pipeline, encoders, reward, reward_encoder)
     tables, negative = _encode(config, root, prompts, pipeline, all_rewards)
     pipeline = dataclasses.replace(pipeline, text=None)  # its memory is wanted
     frozen = Frozen(
@@ -105,12 +106,14 @@ def make_world(config: Config, sharding: Any = None) -> World:
         encoders={name: encoder.params for name, encoder in encoders.items()},
         rewards={n: all_rewards.params[n] for n, e in all_reward_encoders.items() if not e},
     )
+    params = trainable_params(config, pipeline.transformer_variables["params"])
     return World(
         config=config,
         pipeline=pipeline,
         program=program,
         frozen=frozen,
-        params=trainable_params(config, pipeline),
+        params=params,
+        param_axes=trainable_axes(config, pipeline, params),
         all_rewards=all_rewards,
         all_reward_encoders=all_reward_encoders,
         **tables,
@@ -119,18 +122,22 @@ def make_world(config: Config, sharding: Any = None) -> World:
     )
 
 
-def _load(config: Config, root: Path, sharding: Any) -> Pipeline:
+def load_model(
+    config: Config, root: Path, place: Placement | None, *, weights: bool = True
+) -> Pipeline:
+    """The pipeline in `root` as the config wants it; see `weights.pipeline.load_pipeline`."""
     model = config.model
     return load_pipeline(
         root,
         jnp.dtype(model.dtype),
-        text=not config.prompts.embeddings,
+        text=weights and not config.prompts.embeddings,
         t5_length=model.t5_length,
         param_dtype=jnp.dtype(model.param_dtype),
         vae_dtype=jnp.dtype(model.vae_dtype),
         remat=model.remat,
         variant=model.variant,
-        sharding=sharding,
+        sharding=place,
+        weights=weights,
     )
 
 
@@ -160,7 +167,8 @@ def _encode(
     return tables, embeddings.gather(rows[-1:])
 
 
-def _check_names(config: Config) -> None:
+def check_names(config: Config) -> None:
+    """Raises ConfigError for a name that does not exist, listing those that do."""
     for field, value, valid in (
         ("sampler.kernel", config.sampler.kernel, KERNELS),
         ("constraint.name", config.constraint.name, CONSTRAINTS),
@@ -195,13 +203,11 @@ def _make_rewards(
     return rewards.combine(weights, options), sources
 
 
-def _make_program(
-    config: Config,
-    pipeline: Pipeline,
-    encoders: dict[str, Encoder],
-    reward: rewards.CombinedReward,
-    reward_encoder: dict[str, str],
-) -> Program:
+def make_program(config: Config, pipeline: Pipeline, encoders: dict[str, Encoder]) -> Program:
+    """The static half of the train step."""
+    reward, reward_encoder = _make_rewards(
+        {k: v for k, v in config.rewards.items() if v != 0}, encoders
+    )
     sampler = config.sampler
     latent_shape = generation.latent_size(pipeline, config.model.height, config.model.width)
     sigmas = generation.sigmas(pipeline, sampler.num_steps, *latent_shape[:2])
@@ -289,13 +295,26 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(o.grad_clip), adamw) if o.grad_clip else adamw
 
 
-def trainable_params(config: Config, pipeline: Pipeline) -> PyTree:
-    """What learns, as it is before training: a LoRA that does nothing yet, or the weights."""
-    params = pipeline.transformer_variables["params"]
+def trainable_params(config: Config, params: PyTree) -> PyTree:
+    """What learns, as it is before training: a LoRA that does nothing yet, or the weights.
+
+    Args:
+      config: the run's.
+      params: of the base model's transformer.
+    """
     if config.trainable.mode == "full":
-        return jax.tree.map(lambda a: np.array(a, np.float32), params)
+        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     key = jax.random.fold_in(jax.random.key(config.seed), _LORA_STREAM)
     return lora.init(params, config.trainable.targets, config.trainable.rank, key)
+
+
+def trainable_axes(config: Config, pipeline: Pipeline, params: PyTree) -> PyTree:
+    """The logical axes of what learns: a tree like `params`, with a tuple of names an array."""
+    axes = logical_axes(transformer_boxes(pipeline.transformer))
+    kernels = {path[1:]: names for path, names in axes.items() if path[0] == "params"}
+    if config.trainable.mode == "full":
+        return traverse_util.unflatten_dict(kernels)
+    return lora.logical_axes(kernels, params)
 
 
 # What the run's key is folded with for each use, so that no two share random numbers.

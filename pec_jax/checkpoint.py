@@ -87,7 +87,8 @@ class Checkpointer:
             ),
         )
         found, stored = _checksums(restored.state), restored.checksums
-        damaged = sorted(name for name in found if stored.get(name) != found[name])
+        both = found.keys() & stored.keys()  # other hosts may have seen other leaves whole
+        damaged = sorted(name for name in both if stored[name] != found[name])
         if damaged:
             raise ValueError(f"the stored bytes of {damaged[0]} do not match their checksum")
         return restored.state
@@ -106,7 +107,8 @@ def _checksums(tree: PyTree) -> dict[str, int]:
     """CRC-32 of every leaf that this process holds whole; leaves spread over hosts are left out."""
     sums = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if not whole and not leaf.is_fully_replicated:
             continue
         sums[jax.tree_util.keystr(path)] = zlib.crc32(np.ascontiguousarray(leaf).tobytes())
     return sums

@@ -70,12 +70,13 @@ class PromptsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """Sizes of one iteration, and of the pieces it is computed in."""
+    """Sizes of one iteration, and of the pieces it is computed in, which bound memory."""
 
     groups: int  # P, prompts an iteration, over all hosts
     group_size: int  # K, images a prompt
-    micro_groups: int  # groups in one forward/backward pass; 0 is all
-    decode_groups: int  # groups decoded and scored at once; 0 is all
+    rollout_images: int  # images of every group that are sampled at once; 0 is all
+    decode_images: int  # of every group, decoded and scored at once; 0 is all
+    update_images: int  # of every group, in one forward/backward pass; 0 is a whole mini-batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +166,12 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Device mesh; -1 takes what is left."""
+    """Device mesh, see `sharding`; one axis may be -1, which takes what is left."""
 
-    data: int
+    data: int  # splits the groups
+    fsdp: int  # splits the groups, and parameters where they are stored
+    tensor: int  # splits layers
+    rules: Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,8 +322,9 @@ _RANGES = {
     "sampler.train_fraction": (0.0, 1.0),
     "batch.groups": (1, None),
     "batch.group_size": (2, None),
-    "batch.micro_groups": (0, None),
-    "batch.decode_groups": (0, None),
+    "batch.rollout_images": (0, None),
+    "batch.decode_images": (0, None),
+    "batch.update_images": (0, None),
     "perception.bandwidth": (0.0, None),
     "perception.eps": (0.0, None),
     "perception.k": (1, None),
@@ -372,6 +377,7 @@ def _validate(config: Config) -> None:
             raise ConfigError(f"config.{field} is {value}; it must be {bounds}.{hint}")
     _validate_division(config)
     _validate_window(config.sampler)
+    _validate_mesh(config.mesh)
     band = config.constraint.cov_band
     if len(band) != 2 or not 0 <= band[0] < band[1] <= 1:
         raise ConfigError(
@@ -395,20 +401,22 @@ def _validate(config: Config) -> None:
 
 
 def _validate_division(config: Config) -> None:
-    groups, parts = config.batch.groups, config.grpo.minibatches
-    if groups % parts:
+    size, parts = config.batch.group_size, config.grpo.minibatches
+    if size % parts:
         raise ConfigError(
-            f"config.batch.groups ({groups}) does not divide into config.grpo.minibatches "
-            f"({parts}): groups are never split, so choose a multiple of {parts}."
+            f"config.batch.group_size ({size}) does not divide into config.grpo.minibatches "
+            f"({parts}), each of which takes as many images of every group: choose a multiple of "
+            f"{parts}."
         )
-    for name, size, total in (
-        ("batch.micro_groups", config.batch.micro_groups, groups // parts),
-        ("batch.decode_groups", config.batch.decode_groups, groups),
+    for name, images, total in (
+        ("rollout_images", config.batch.rollout_images, size),
+        ("decode_images", config.batch.decode_images, size),
+        ("update_images", config.batch.update_images, size // parts),
     ):
-        if size and total % size:
+        if images and total % images:
             raise ConfigError(
-                f"config.{name} is {size}, which does not divide the {total} groups of "
-                f"{'a mini-batch' if parts > 1 else 'an iteration'}: take a divisor, or 0 for all."
+                f"config.batch.{name} is {images}, which does not divide the {total} images of "
+                f"a group{' in a mini-batch' * (total < size)}: take a divisor, or 0 for all."
             )
 
 
@@ -423,3 +431,17 @@ def _validate_window(sampler: SamplerConfig) -> None:
             f"config.sampler.window is {sampler.window}; it must satisfy "
             f"0 <= start < stop <= num_steps ({sampler.num_steps})."
         )
+
+
+def _validate_mesh(mesh: MeshConfig) -> None:
+    axes = ("data", "fsdp", "tensor")
+    for axis in axes:
+        size = getattr(mesh, axis)
+        if size < 1 and size != -1:
+            raise ConfigError(
+                f"config.mesh.{axis} is {size}; it must be at least 1, or -1 for what is left."
+            )
+    for name, targets in mesh.rules.items():
+        for target in targets:
+            if target not in axes:
+                raise ConfigError(f"config.mesh.rules.{name}: " + unknown("axis", target, axes))

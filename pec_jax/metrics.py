@@ -16,6 +16,8 @@ from absl import logging
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from pec_jax import hosts
+
 
 class MetricWriter:
     """Writes scalars and image grids to `metrics.jsonl`, TensorBoard (through clu) and PNGs.
@@ -59,6 +61,28 @@ class MetricWriter:
         """Flushes and closes all files."""
         self._file.close()
         self._tensorboard.close()
+
+
+class _NoWriter(MetricWriter):
+    """Of the hosts that are not the first, which writes for all."""
+
+    def __init__(self, directory: str | Path, resume_step: int):
+        self._directory = Path(directory)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> Path:
+        """Nothing; where the first host writes it."""
+        return self._directory / "samples" / f"step_{step:06d}.png"
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def make_writer(directory: str | Path, resume_step: int) -> MetricWriter:
+    """The writer of this host: only the first one writes."""
+    return (MetricWriter if hosts.is_first() else _NoWriter)(directory, resume_step)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -148,7 +172,7 @@ class Progress:
     def __init__(self, total: int, start: int, shown: Sequence[str]):
         self._shown = shown
         self._total = total
-        self._interactive = sys.stderr.isatty()
+        self._interactive = sys.stderr.isatty() and hosts.is_first()
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -165,7 +189,7 @@ class Progress:
         if self._interactive:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
-        elif step % max(1, self._total // 20) == 0 or step == self._total:
+        elif hosts.is_first() and (step % max(1, self._total // 20) == 0 or step == self._total):
             logging.info("iteration %d of %d: %s", step, self._total, text)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 
+from pec_jax import sharding
 from pec_jax.config import Config, TrainableConfig
 from pec_jax.flow.transition import schedule_stds
 from pec_jax.generation import Guide
@@ -18,6 +19,7 @@ from pec_jax.grpo.constraints import Constraint
 from pec_jax.grpo.signals import Options
 from pec_jax.models import lora
 from pec_jax.rewards.base import CombinedReward
+from pec_jax.sharding import Placement
 from pec_jax.types import Array, Conditioning, PyTree, TrainState
 
 
@@ -94,6 +96,19 @@ def constraint_options(config: Config) -> Options:
         gradient=c.gradient,
         rate=c.rate,
     )
+
+
+def state_shardings(program: Program, params: PyTree, axes: PyTree, place: Placement) -> TrainState:
+    """Where the state of a run lies: a TrainState of shardings.
+
+    Args:
+      program: whose optimizer's state it is.
+      params: what learns, arrays or abstract.
+      axes: the logical axes of each of them.
+      place: from `sharding.placement`.
+    """
+    state = jax.eval_shape(lambda p: initial_state(p, program.optimizer, 0.0), params)
+    return sharding.state_shardings(state, axes, program.optimizer, place)
 
 
 def initial_state(

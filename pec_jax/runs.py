@@ -52,7 +52,7 @@ def learned_params(directory: Path, config: Config, pipeline: Pipeline, *, use_e
     checkpoints, state = directory / "checkpoints", None
     # Opening a directory of checkpoints creates it and starts threads: only where there is one.
     if any(path.name.isdigit() for path in checkpoints.glob("*")):
-        params = assemble.trainable_params(config, pipeline)
+        params = assemble.trainable_params(config, pipeline.transformer_variables["params"])
         expected = initial_state(params, assemble.make_optimizer(config), config.constraint.weight)
         checkpointer = Checkpointer(checkpoints, keep=None)
         try:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from clu import parameter_overview, periodic_actions
 from jax.sharding import Mesh
 
 from pec_jax import config as config_lib
-from pec_jax import sharding
+from pec_jax import hosts, sharding
+from pec_jax import program as program_lib
 from pec_jax.assemble import (
     BASE_STREAM,
     EVAL_STREAM,
@@ -32,10 +32,10 @@ from pec_jax.data.pipeline import PromptStream
 from pec_jax.errors import RunError
 from pec_jax.evaluation.evaluate import Evaluator
 from pec_jax.evaluation.fit import exponential_fit
-from pec_jax.metrics import MetricWriter, Progress, read_steps, write_text
+from pec_jax.metrics import MetricWriter, Progress, make_writer, read_steps, write_text
 from pec_jax.program import initial_state
 from pec_jax.train_step import base_entropy, train_step
-from pec_jax.types import Array, PyTree, TrainState
+from pec_jax.types import Array, Batch, PyTree, TrainState
 
 SHOWN = ("reward/mean", "reward/std", "entropy/perceptual", "entropy/policy", "time/step_seconds")
 
@@ -57,12 +57,15 @@ def train(
       ConfigError, RunError, ValueError, OSError: sentences for a person.
     """
     config = config_lib.from_config_dict(config_dict)
-    directory = prepare_directory(Path(workdir).expanduser(), config, allow_config_change)
-    logging.info("Loading models and encoding prompts ...")
     mesh = sharding.make_mesh(config)
-    world = make_world(config, sharding.replicated(mesh))
+    directory = Path(workdir).expanduser()
+    if hosts.is_first():
+        prepare_directory(directory, config, allow_config_change)
+    hosts.wait_for_all("directory")
+    logging.info("Loading models and encoding prompts ...")
+    world = make_world(config, sharding.placement(mesh, config))
     run = _Run(world, directory, mesh)
-    with _stop_on_signal() as stop:
+    with sharding.active(mesh, config), hosts.stop_requests() as stop:
         return run.loop(stop)
 
 
@@ -100,25 +103,28 @@ class _Run:
         config = world.config
         self._world, self._config, self._directory = world, config, directory
         self._mesh = mesh
-        self._frozen = sharding.put_replicated(world.frozen, self._mesh)
-        self._key = sharding.put_replicated(stream_key(config, TRAIN_STREAM), self._mesh)
-        self._stream = PromptStream(
-            len(world.train),
-            config.batch.groups,
-            config.seed,
-            jax.process_index(),
-            jax.process_count(),
+        self._frozen = sharding.put_replicated(world.frozen, mesh)
+        self._key = sharding.put_replicated(stream_key(config, TRAIN_STREAM), mesh)
+        self._stream = PromptStream(len(world.train), config.batch.groups, config.seed)
+        self._shardings = program_lib.state_shardings(
+            world.program, world.params, world.param_axes, sharding.placement(mesh, config)
         )
-        self._step = jax.jit(functools.partial(train_step, world.program), donate_argnums=0)
+        self._params = jax.tree.map(sharding.put_array, world.params, self._shardings.params)
+        self._step = jax.jit(
+            functools.partial(train_step, world.program),
+            donate_argnums=0,
+            out_shardings=(self._shardings, sharding.replicated(mesh)),
+        )
         self._checkpointer = Checkpointer(
             directory / "checkpoints", config.schedule.keep_checkpoints
         )
-        self._evaluator = Evaluator(world, stream_key(config, EVAL_STREAM))
+        eval_key = sharding.put_replicated(stream_key(config, EVAL_STREAM), mesh)
+        self._evaluator = Evaluator(world, eval_key)
 
-    def loop(self, stop: _StopFlag) -> dict[str, float]:
+    def loop(self, stop: hosts.StopRequests) -> dict[str, float]:
         """Iterates from where the run stands to its end, or until told to stop."""
         state, first = self._start()
-        writer = MetricWriter(self._directory, resume_step=first)
+        writer = make_writer(self._directory, resume_step=first)
         progress = Progress(self._config.num_iterations, first, SHOWN)
         log = _Log(writer, progress, self._config)
         actions = self._actions(writer, log)
@@ -127,19 +133,18 @@ class _Run:
             self._save_samples(writer, 0, state)
         logging.info("Compiling the train step: the first iteration takes its time ...")
         try:
+            stopped = False
             for iteration in range(first, self._config.num_iterations):
-                if stop.requested:
+                if stopped := stop.agreed(iteration):
                     break
-                batch = sharding.put_batch(
-                    self._world.train.gather(self._stream.ids(iteration)), self._mesh
-                )
+                batch = self._batch(iteration)
                 state, metrics = self._step(state, self._frozen, batch, self._key)
                 log.add(iteration + 1, metrics)
                 if iteration + 1 < self._config.num_iterations:
                     for action in actions:
                         action(iteration + 1, state=state)
             log.flush()
-            return self._finish(state, base, writer, stopped=stop.requested)
+            return self._finish(state, base, writer, stopped=stopped)
         finally:
             progress.close()
             writer.close()
@@ -147,12 +152,12 @@ class _Run:
 
     def _start(self) -> tuple[TrainState, int]:
         """The newest intact checkpoint's state, or a new one; and how many iterations it has."""
-        state = initial_state(
-            self._world.params,
-            self._world.program.optimizer,
-            self._config.constraint.weight,
+        make = functools.partial(
+            initial_state,
+            optimizer=self._world.program.optimizer,
+            constraint_weight=self._config.constraint.weight,
         )
-        state = sharding.put_replicated(state, self._mesh)
+        state = jax.jit(make, out_shardings=self._shardings)(self._params)
         restored = self._checkpointer.restore(state)
         if restored is not None:
             logging.info("Resuming after iteration %d.", int(restored.step))
@@ -170,18 +175,26 @@ class _Run:
     def _entropy_target(self) -> Array:
         """H* = the base model's H_perc over some batches + log of the share to be kept."""
         constraint = self._config.constraint
-        measure = jax.jit(functools.partial(base_entropy, self._world.program))
+        measure = jax.jit(
+            functools.partial(base_entropy, self._world.program),
+            out_shardings=sharding.replicated(self._mesh),
+        )
         key = stream_key(self._config, BASE_STREAM)
-        params = sharding.put_replicated(self._world.params, self._mesh)
         logging.info("Measuring the base model's perceptual entropy ...")
         values = []
         for i in range(constraint.base_batches):
-            batch = sharding.put_batch(self._world.train.gather(self._stream.ids(i)), self._mesh)
-            values.append(measure(params, self._frozen, batch, jax.random.fold_in(key, i)))
+            folded = sharding.put_replicated(jax.random.fold_in(key, i), self._mesh)
+            values.append(float(measure(self._params, self._frozen, self._batch(i), folded)))
         base = sum(values) / len(values)
         target = base + math.log(constraint.target)
         logging.info("It is %.4f nats a dimension; the target is %.4f.", base, target)
-        return target
+        return sharding.put_replicated(np.float32(target), self._mesh)
+
+    def _batch(self, iteration: int) -> Batch:
+        """The prompts of an iteration; each host reads the rows of its own groups."""
+        groups = self._config.batch.groups
+        ids = self._stream.ids(iteration)[sharding.local_groups(self._mesh, groups)]
+        return sharding.put_batch(self._world.train.gather(ids), self._mesh, groups)
 
     def _actions(self, writer: MetricWriter, log: _Log) -> list[periodic_actions.PeriodicCallback]:
         """What happens every so many iterations; the last one is left to `_finish`."""
@@ -223,19 +236,21 @@ class _Run:
         self._save_samples(writer, step, state)
         result = self._full_evaluation(self._eval_params(state))
         result |= {f"base/{name}": value for name, value in base.items()}
-        result |= reward_entropy_fit(self._directory / "metrics.jsonl")
         result |= {"seed": self._config.seed, "iterations": step}
-        write_text(self._directory / "eval.json", json.dumps(result, indent=2) + "\n")
-        _report(result)
+        if hosts.is_first():
+            result |= reward_entropy_fit(self._directory / "metrics.jsonl")
+            write_text(self._directory / "eval.json", json.dumps(result, indent=2) + "\n")
+            _report(result)
         return result
 
     def _base_evaluation(self) -> dict[str, float]:
         """The model as it was before training; kept in a file, for a resumed run has lost it."""
         path = self._directory / "eval_base.json"
-        if path.exists():
+        if hosts.first_says(path.exists()):
             return json.loads(path.read_text(encoding="utf-8"))
-        result = self._full_evaluation(self._world.params)
-        write_text(path, json.dumps(result, indent=2) + "\n")
+        result = self._full_evaluation(self._params)
+        if hosts.is_first():
+            write_text(path, json.dumps(result, indent=2) + "\n")
         return result
 
     def _full_evaluation(self, params: PyTree) -> dict[str, float]:
@@ -307,29 +322,6 @@ class _Log:
                 "config.optimizer.learning_rate, or look for the reward that is not finite in "
                 "metrics.jsonl."
             )
-
-
-class _StopFlag:
-    requested = False
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_StopFlag]:
-    """SIGTERM and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C stops at once."""
-    flag = _StopFlag()
-
-    def ask(number: int, frame: Any) -> None:
-        if flag.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        flag.requested = True
-        logging.info("Stopping after this iteration ...")
-
-    previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def reward_entropy_fit(path: Path) -> dict[str, float]:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from pec_jax.data.pipeline import repeat_groups
-from pec_jax.flow.sampler import sample
+from pec_jax.flow.sampler import image_keys, sample, swap_images_and_steps
 from pec_jax.flow.transition import policy_entropy
 from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.program import Frozen, Program, bind
 from pec_jax.rewards.base import as_8bit
+from pec_jax.sharding import over_batch
 from pec_jax.types import Array, Batch, PyTree, Rollout, TrainState, Trajectory
 from pec_jax.update import update
 
@@ -54,28 +55,45 @@ def base_entropy(
 def rollout(
     program: Program, params: PyTree, frozen: Frozen, batch: Batch, key: Array
 ) -> Trajectory:
-    """Samples K paths for each prompt with the current policy; N = P * K, group by group."""
+    """Samples K paths for each prompt with the current policy; N = P * K, group by group.
+
+    `batch.rollout_images` of every group at a time; what is drawn does not depend on it.
+    """
     sampler, size = program.config.sampler, program.config.batch.group_size
-    conditioning = repeat_groups(batch.conditioning, size)
-    count = batch.prompt_ids.shape[0] * size
-    x_1 = jax.random.normal(jax.random.fold_in(key, 0), (count, *program.latent_shape))
-    return sample(
-        program.guide(sampler.guidance, frozen.negative),
-        bind(program.config.trainable, params, frozen.transformer),
-        x_1,
-        conditioning,
-        sigmas=program.sigmas,
-        kernel=sampler.kernel,
-        noise_level=sampler.noise_level,
-        stochastic=program.stochastic,
-        key=jax.random.fold_in(key, 1),
-        storage_dtype=jnp.dtype(sampler.storage_dtype),
-        keep_predictions=program.config.perception.at == "steps",
-    )
+    num_groups = batch.prompt_ids.shape[0]
+    variables = bind(program.config.trainable, params, frozen.transformer)
+    noise, steps = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    x_1 = over_batch(jax.random.normal(noise, (num_groups, size, *program.latent_shape)))
+    keys = image_keys(steps, num_groups * size).reshape(num_groups, size)
+
+    def draw(chunk):  # some images of every group: [P, k, ...]
+        x_1, keys = chunk
+        images = x_1.shape[1]
+        trajectory = sample(
+            program.guide(sampler.guidance, frozen.negative),
+            variables,
+            over_batch(x_1.reshape(-1, *program.latent_shape)),
+            over_batch(repeat_groups(batch.conditioning, images)),
+            sigmas=program.sigmas,
+            kernel=sampler.kernel,
+            noise_level=sampler.noise_level,
+            stochastic=program.stochastic,
+            key=keys.reshape(-1),
+            storage_dtype=jnp.dtype(sampler.storage_dtype),
+            keep_predictions=program.config.perception.at == "steps",
+        )
+        return jax.tree.map(
+            lambda a: a.reshape(num_groups, images, *a.shape[1:]),
+            swap_images_and_steps(trajectory),
+        )
+
+    drawn = _map_images(draw, (x_1, keys), program.config.batch.rollout_images)
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), drawn)
+    return swap_images_and_steps(flat)
 
 
 def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory) -> Rollout:
-    """Decodes the images, some groups at a time, and measures what they are worth.
+    """Decodes the images, some of every group at a time, and measures what they are worth.
 
     Returns:
       The rollout with rewards [P, K] and surprisals [P, K] ([S, P, K] where perception looks at
@@ -86,19 +104,17 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
     x_0 = trajectory.x_0.reshape(num_groups, size, *program.latent_shape)
     reward_params = frozen.reward_params(program.reward_encoder)
 
-    def score_groups(chunk):
-        x_0, inputs = chunk  # [g, K, h, w, C]
+    def score_images(x_0):  # [P, k, h, w, C]
         images = _decode(program, frozen, x_0)
-        total, parts = program.reward.score(reward_params, images, inputs)
+        total, parts = program.reward.score(reward_params, images, batch.reward_inputs)
         return {
             "total": total,
             "parts": parts,
             "features": _features(program, frozen, images),
-            "pixel_variance": perceptual_variance(images.reshape(*x_0.shape[:2], -1)),
+            "levels": jnp.round(images * 255).astype(jnp.uint8),
         }
 
-    chunks = num_groups // (config.batch.decode_groups or num_groups)
-    scored = _map_chunks(score_groups, (x_0, batch.reward_inputs), chunks)
+    scored = _map_images(score_images, x_0, config.batch.decode_images)
     surprisal = program.surprisal(scored["features"])
     rewards = scored["total"]
     metrics = {
@@ -113,17 +129,17 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
         "diversity/variance_latent": jnp.mean(
             perceptual_variance(x_0.reshape(num_groups, size, -1))
         ),
-        "diversity/variance_pixel": jnp.mean(scored["pixel_variance"]),
+        "diversity/variance_pixel": _pixel_variance(scored["levels"]),
     }
     if config.perception.at == "steps":
-        surprisal = _step_surprisal(program, frozen, trajectory, num_groups, chunks)
+        surprisal = _step_surprisal(program, frozen, trajectory, num_groups)
         metrics["entropy/perceptual_steps"] = jnp.mean(surprisal)
     return Rollout(trajectory=trajectory, rewards=rewards, surprisal=surprisal, metrics=metrics)
 
 
 def _decode(program: Program, frozen: Frozen, latents: Array) -> Array:
     """Latents [g, K, h, w, C] -> images [g, K, H, W, 3] in [0, 1]."""
-    images = program.decode(frozen.vae, latents.reshape(-1, *program.latent_shape))
+    images = program.decode(frozen.vae, over_batch(latents.reshape(-1, *program.latent_shape)))
     return images.reshape(*latents.shape[:2], *images.shape[1:])
 
 
@@ -138,18 +154,17 @@ def _features(program: Program, frozen: Frozen, images: Array) -> dict[str, Arra
 
 
 def _step_surprisal(
-    program: Program, frozen: Frozen, trajectory: Trajectory, num_groups: int, chunks: int
+    program: Program, frozen: Frozen, trajectory: Trajectory, num_groups: int
 ) -> Array:
     """Surprisals [S, P, K] of what each trained step predicts the image to be."""
     assert trajectory.x_0_hat is not None  # `rollout` keeps them where perception is at the steps
     predictions = trajectory.x_0_hat[program.trained_steps]  # [S, P * K, h, w, C]
 
     def one_step(x_0_hat):
-        x_0_hat = x_0_hat.reshape(num_groups, -1, *program.latent_shape)
-        features = _map_chunks(
+        features = _map_images(
             lambda part: _features(program, frozen, _decode(program, frozen, part)),
-            x_0_hat,
-            chunks,
+            x_0_hat.reshape(num_groups, -1, *program.latent_shape),
+            program.config.batch.decode_images,
         )
         return program.surprisal(features)
 
@@ -165,15 +180,38 @@ def _unit_variance(program: Program, features: Mapping[str, Array]) -> Array:
     return jnp.sum(jnp.stack(parts))
 
 
-def _map_chunks(function: Callable, tree: PyTree, chunks: int) -> PyTree:
-    """`function` over `chunks` pieces of the leading axis one after another, to bound memory."""
-    if chunks == 1:
+def _pixel_variance(levels: Array) -> Array:
+    """Mean over prompts of the images' variance, summed over pixels; levels [P, K, H, W, 3] uint8.
+
+    E x^2 - (E x)^2 and not the squared distances: in this form nothing of the images' size in
+    float32 is kept, and levels are whole numbers, whose sums over a group are exact.
+    """
+    x = levels.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x), axis=1) - jnp.square(jnp.mean(x, axis=1))
+    return jnp.mean(jnp.sum(variance, axis=(1, 2, 3))) / 255**2
+
+
+def _map_images(function: Callable, tree: PyTree, images: int) -> PyTree:
+    """`function` over arrays [P, K, ...], `images` of every group at a time, to bound memory.
+
+    Args:
+      function: from a tree of arrays [P, k, ...] to another one.
+      tree: arrays [P, K, ...].
+      images: k, a divisor of K; 0 is all.
+
+    Returns:
+      What `function` returns, [P, K, ...].
+    """
+    size = jax.tree.leaves(tree)[0].shape[1]
+    if images in (0, size):
         return function(tree)
 
-    def split(a):  # strided for the same reason as the micro-batches
-        return jnp.moveaxis(a.reshape(-1, chunks, *a.shape[1:]), 1, 0)
+    def split(a):  # [P, K, ...] -> [C, P, k, ...]
+        pieces = a.reshape(a.shape[0], -1, images, *a.shape[2:])
+        return over_batch(jnp.moveaxis(pieces, 1, 0), axis=1)
 
     def join(a):
-        return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])
+        a = jnp.moveaxis(a, 0, 1)
+        return over_batch(a.reshape(a.shape[0], size, *a.shape[3:]))
 
     return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, tree)))

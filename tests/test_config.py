@@ -50,8 +50,9 @@ def test_dataclasses_are_frozen(small_config):
 # path of the field, bad value, words that the message must contain
 BAD_VALUES = [
     ("batch.group_size", 1, ["config.batch.group_size", "at least 2"]),
-    ("batch.micro_groups", 3, ["config.batch.micro_groups", "divide"]),
-    ("batch.decode_groups", 3, ["config.batch.decode_groups", "divide"]),
+    ("batch.rollout_images", 3, ["config.batch.rollout_images", "divide"]),
+    ("batch.decode_images", 3, ["config.batch.decode_images", "divide"]),
+    ("batch.update_images", 3, ["config.batch.update_images", "divide"]),
     ("grpo.minibatches", 3, ["config.grpo.minibatches", "multiple of 3"]),
     ("sampler.num_steps", 1, ["config.sampler.num_steps", "at least 2"]),
     ("sampler.window", (2, 9), ["config.sampler.window", "num_steps (3)"]),

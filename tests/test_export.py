@@ -61,7 +61,9 @@ def full_run(tmp_path_factory):
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda a: a * (1 + 0.05 * rng.normal(size=a.shape).astype(np.float32)),
-        trainable_params(config, load_pipeline(SHAPES_DIRECTORY, text=False)),
+        trainable_params(
+            config, load_pipeline(SHAPES_DIRECTORY, text=False).transformer_variables["params"]
+        ),
     )
     checkpointer = Checkpointer(directory / "checkpoints", keep=None)
     checkpointer.save(initial_state(params, make_optimizer(config), 0.0))

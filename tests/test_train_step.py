@@ -134,7 +134,7 @@ def test_the_gradient_is_that_of_reinforce(world, experience):
 def test_micro_batches_do_not_change_the_update(world, experience, minibatches):
     state, batch, rollout = experience
     whole = changed(world, grpo={"minibatches": minibatches})
-    pieces = changed(world, grpo={"minibatches": minibatches}, batch={"micro_groups": 1})
+    pieces = changed(world, grpo={"minibatches": minibatches}, batch={"update_images": 1})
     a, metrics_a = run_update(whole, world, state, batch, rollout)
     b, metrics_b = run_update(pieces, world, state, batch, rollout)
     np.testing.assert_allclose(
@@ -153,14 +153,43 @@ def moments(state):
     ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_in_pieces_draws_the_same_images(world, experience, dtype):
+    state, batch, _ = experience
+    drawn = [
+        jax.jit(functools.partial(steps.rollout, program))(
+            state.params, world.frozen, batch, jax.random.key(1)
+        )
+        for program in (
+            changed(world, batch={"rollout_images": images}, sampler={"storage_dtype": dtype})
+            for images in (0, 2)
+        )
+    ]
+    for whole, pieces in zip(*map(jax.tree.leaves, drawn), strict=True):
+        assert whole.shape == pieces.shape and whole.dtype == pieces.dtype
+        # Sums in another order; in bfloat16 one of them may round to the neighbour.
+        tolerance = 2e-5 if dtype == "float32" else 0.1
+        np.testing.assert_allclose(
+            whole.astype(np.float32), pieces.astype(np.float32), atol=tolerance
+        )
+
+
 def test_decoding_in_pieces_does_not_change_the_scores(world, experience):
     _, batch, rollout = experience
-    program = changed(world, batch={"decode_groups": 1})
+    program = changed(world, batch={"decode_images": 1})
     pieces = jax.jit(functools.partial(steps.score, program))(
         world.frozen, batch, rollout.trajectory
     )
     np.testing.assert_allclose(pieces.rewards, rollout.rewards, atol=2e-5)
     np.testing.assert_allclose(pieces.surprisal, rollout.surprisal, atol=1e-4)
+    name = "diversity/variance_pixel"
+    np.testing.assert_allclose(pieces.metrics[name], rollout.metrics[name], rtol=1e-4)
+
+
+def test_the_pixel_variance_is_that_of_the_images_as_saved():
+    levels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 4, 3), np.uint8)
+    expected = (levels.reshape(2, 5, -1) / 255.0).var(axis=1).sum(axis=-1).mean()
+    np.testing.assert_allclose(steps._pixel_variance(jnp.asarray(levels)), expected, rtol=1e-5)
 
 
 def test_the_groups_of_a_rollout_belong_to_their_prompts(world, experience):

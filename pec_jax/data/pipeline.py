@@ -22,21 +22,18 @@ class PromptStream:
     """Prompt ids by iteration: every epoch is a new shuffle, without replacement.
 
     Position p of the endless stream is prompt shuffle_e[p mod n] of epoch e = p // n; iteration i
-    takes the positions [i G, (i + 1) G), and of those each process its own contiguous slice.
+    takes the positions [i G, (i + 1) G). Every process computes the same ids, and reads the rows of
+    its own groups alone.
 
     Attributes:
       num_prompts: n, size of the prompt set.
       groups: G, prompts of one iteration over all processes.
       seed: of the shuffles.
-      process_index: which process this is.
-      process_count: how many there are; must divide `groups`.
     """
 
     num_prompts: int
     groups: int
     seed: int
-    process_index: int = 0
-    process_count: int = 1
 
     def __post_init__(self):
         if self.num_prompts < 1:
@@ -45,15 +42,8 @@ class PromptStream:
             raise ValueError(f"An iteration needs at least one group, not {self.groups}.")
         if self.seed < 0:
             raise ValueError(f"The seed of the prompt stream must not be negative: {self.seed}.")
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(f"There is no process {self.process_index} of {self.process_count}.")
-        if self.groups % self.process_count:
-            raise ValueError(
-                f"{self.groups} groups do not divide over {self.process_count} processes. "
-                f"Use a multiple of {self.process_count}."
-            )
 
-    def global_ids(self, iteration: int) -> np.ndarray:
+    def ids(self, iteration: int) -> np.ndarray:
         """The prompts of an iteration over all processes.
 
         Args:
@@ -68,12 +58,6 @@ class PromptStream:
         epochs, places = np.divmod(positions, self.num_prompts)
         shuffles = {int(e): _shuffle(self.seed, int(e), self.num_prompts) for e in set(epochs)}
         return np.array([shuffles[int(e)][p] for e, p in zip(epochs, places)], np.int32)
-
-    def ids(self, iteration: int) -> np.ndarray:
-        """This process's slice of `global_ids`, [groups / process_count] int32."""
-        share = self.groups // self.process_count
-        start = self.process_index * share
-        return self.global_ids(iteration)[start : start + share]
 
 
 @functools.lru_cache(maxsize=4)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax import generation
+from pec_jax import generation, hosts
 from pec_jax.assemble import World, estimator_functions
 from pec_jax.data.embeddings import PromptTable
 from pec_jax.data.pipeline import repeat_groups
@@ -32,6 +32,7 @@ from pec_jax.flow.sampler import sample_ode
 from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.program import Frozen, bind
 from pec_jax.rewards.base import as_8bit
+from pec_jax.sharding import over_batch
 from pec_jax.types import Array, Batch, PyTree
 
 
@@ -45,8 +46,8 @@ def image_function(world: World, num_images: int) -> Callable[..., Array]:
         latents = sample_ode(
             program.guide(config.guidance, frozen.negative),
             bind(program.config.trainable, params, frozen.transformer),
-            jax.random.normal(key, (num_prompts * num_images, *program.latent_shape)),
-            repeat_groups(batch.conditioning, num_images),
+            over_batch(jax.random.normal(key, (num_prompts * num_images, *program.latent_shape))),
+            over_batch(repeat_groups(batch.conditioning, num_images)),
             sigmas=sigmas,
         )
         images = program.decode(frozen.vae, latents)
@@ -77,9 +78,9 @@ class Evaluator:
             batch = self._batch(table, start)
             key = jax.random.fold_in(self._key, start)
             images = self._draw(params, frozen, batch, key)
-            batches.append(jax.device_get(self._measure(frozen, batch, images)))
+            batches.append(hosts.fetch(self._measure(frozen, batch, images)))
         joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
-        entropies = self._entropies({k: jnp.asarray(v) for k, v in joined["features"].items()})
+        entropies = self._entropies(joined["features"])
         return summarise(joined["scores"], joined["features"]) | {
             name: float(value) for name, value in entropies.items()
         }
@@ -95,8 +96,8 @@ class Evaluator:
     def sample_grid(self, params: PyTree, frozen: Frozen) -> np.ndarray:
         """Images [rows, columns, H, W, 3] in [0, 1] of the sample prompts."""
         table, config = self._world.samples, self._world.config.eval
-        images = self._draw(params, frozen, self._batch(table, 0), self._key)
-        return np.asarray(images[: len(table), : config.sample_columns])
+        images = hosts.fetch(self._draw(params, frozen, self._batch(table, 0), self._key))
+        return images[: len(table), : config.sample_columns]
 
     def _batch(self, table: PromptTable, start: int) -> Batch:
         ids = np.arange(start, start + self._groups) % len(table)  # the last batch wraps around
@@ -131,8 +132,8 @@ def output_entropy_function(world: World) -> Callable[..., tuple[Array, Array]]:
         log_prob, _ = output_log_prob(
             program.guide(config.guidance, frozen.negative),
             bind(program.config.trainable, params, frozen.transformer),
-            jax.random.normal(noise, (shape[0] * shape[1], *program.latent_shape)),
-            repeat_groups(batch.conditioning, shape[1]),
+            over_batch(jax.random.normal(noise, (shape[0] * shape[1], *program.latent_shape))),
+            over_batch(repeat_groups(batch.conditioning, shape[1])),
             sigmas=sigmas,
             key=probes,
             num_probes=config.entropy_probes,

@@ -7,6 +7,7 @@ is the one the update will read back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def sample(
         kernel: of the stochastic steps, or its name.
         noise_level: as the kernel takes it.
         stochastic: T booleans (static); the other steps follow the ODE.
-        key: the only source of noise; step t draws from fold_in(key, t).
+        key: the only source of noise; one, or [N], one an image (see `image_keys`).
         storage_dtype: of the states. Each is rounded to it before anything else reads it.
         keep_predictions: fill x_0_hat = x_t - sigma v, float32, of every step.
 
@@ -181,6 +182,25 @@ def sample_ode(
     )
 
 
+def image_keys(key: Array, num_images: int) -> Array:
+    """One key an image, so that its noise does not depend on what is drawn beside it.
+
+    Args:
+        key: of all.
+        num_images: N.
+
+    Returns:
+        [N] keys.
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_images))
+
+
+def swap_images_and_steps(trajectory: Trajectory) -> Trajectory:
+    """[T, N, ...] <-> [N, T, ...] of all but x_0, so that batches of images can be joined."""
+    swapped = jax.tree.map(lambda a: a.swapaxes(0, 1), trajectory)
+    return dataclasses.replace(swapped, x_0=trajectory.x_0)
+
+
 def step_log_prob(
     velocity_fn: VelocityFn,
     params: PyTree,
@@ -253,11 +273,18 @@ def _prepare(velocity_fn, params, conditioning, sigmas, kernel, noise_level, sto
         x_0_hat = ode(x_t, velocity, sigma, 0.0)[0]
         if not any(stochastic):
             return mean_ode.astype(storage_dtype), jnp.zeros(x_t.shape[0], jnp.float32), x_0_hat
-        noise = jax.random.normal(jax.random.fold_in(key, step), x_t.shape, jnp.float32)
+        noise = _step_noise(key, step, x_t.shape)
         x_next = jnp.where(noisy, mean + std * noise, mean_ode).astype(storage_dtype)
         return x_next, jnp.where(noisy, _score(x_next, mean, std), 0.0), x_0_hat
 
     return advance, xs
+
+
+def _step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
+    """Unit Gaussian noise [N, ...] of one step; one key, or [N]."""
+    keys = key if key.ndim else image_keys(key, shape[0])
+    draw = lambda k: jax.random.normal(jax.random.fold_in(k, step), shape[1:], jnp.float32)  # noqa: E731
+    return jax.vmap(draw)(keys)
 
 
 def _transition(

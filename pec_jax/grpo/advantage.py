@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -9,35 +11,26 @@ Array = jax.Array
 STD_SCOPES = ("group", "global")
 
 
-def group_advantages(
-    rewards: Array,
-    *,
-    std: str = "group",
-    global_std: Array | float | None = None,
-    eps: float = 1e-4,
-    clip: float = 5.0,
-) -> Array:
-    """Rewards, centred and scaled within their group.
+class GroupStatistics(NamedTuple):
+    """What rewards are centred and scaled by; both broadcast with [..., P, K]."""
 
-    A_k = clip((R_k - mean_group R) / (std R + eps), -clip, clip), population std.
+    mean: Array  # [..., P, 1] of each group
+    std: Array  # [..., P, 1] of each group, or [..., 1, 1] of the whole batch
+
+
+def group_statistics(rewards: Array, std: str = "group") -> GroupStatistics:
+    """Mean of each group, and the population std of each group or of the whole batch.
 
     Args:
         rewards: [..., P, K], any unit. Groups (the last axis) are whole.
         std: "group" takes each group's own std; "global" that of the whole [P, K], which keeps
             groups of nearly equal rewards from being blown up.
-        global_std: with "global", the std to use instead, where `rewards` is a part of the
-            batch only.
-        eps: keeps a group of equal rewards at advantage 0; in the unit of the rewards.
-        clip: bound on |A|, > 0.
 
     Returns:
-        [..., P, K] float32 without gradient.
+        The statistics, float32 without gradient.
 
     Raises:
-        ValueError: for a group of fewer than 2 images, an unknown `std`, or a `global_std`
-            given for "group".
-
-    Source: Shao et al. 2024, GRPO (arXiv 2402.03300); Liu et al. 2025, Flow-GRPO, eq. 4.
+        ValueError: for a group of fewer than 2 images, or an unknown `std`.
     """
     if std not in STD_SCOPES:
         raise ValueError(f"Unknown advantage std {std!r}; choose one of {', '.join(STD_SCOPES)}.")
@@ -47,16 +40,40 @@ def group_advantages(
             "raise the number of images per prompt."
         )
     rewards = jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32))
-    centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
-    if std == "group":
-        if global_std is not None:
-            raise ValueError("global_std is given but std is 'group': set std to 'global'.")
-        scale = jnp.std(rewards, axis=-1, keepdims=True)
-    elif global_std is not None:
-        scale = jax.lax.stop_gradient(jnp.asarray(global_std, jnp.float32))
-    else:
-        scale = jnp.std(rewards, axis=(-2, -1), keepdims=True)
-    return jnp.clip(centred / (scale + eps), -clip, clip)
+    axes = -1 if std == "group" else (-2, -1)
+    return GroupStatistics(
+        mean=jnp.mean(rewards, axis=-1, keepdims=True),
+        std=jnp.std(rewards, axis=axes, keepdims=True),
+    )
+
+
+def advantages(
+    rewards: Array, statistics: GroupStatistics, *, eps: float = 1e-4, clip: float = 5.0
+) -> Array:
+    """Rewards, centred and scaled by their groups' statistics.
+
+    A_k = clip((R_k - mean) / (std + eps), -clip, clip)
+
+    Args:
+        rewards: [..., P, k], any unit; some or all images of each group.
+        statistics: of the whole groups.
+        eps: keeps a group of equal rewards at advantage 0; in the unit of the rewards.
+        clip: bound on |A|, > 0.
+
+    Returns:
+        [..., P, k] float32 without gradient.
+
+    Source: Shao et al. 2024, GRPO (arXiv 2402.03300); Liu et al. 2025, Flow-GRPO, eq. 4.
+    """
+    rewards = jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32))
+    return jnp.clip((rewards - statistics.mean) / (statistics.std + eps), -clip, clip)
+
+
+def group_advantages(
+    rewards: Array, *, std: str = "group", eps: float = 1e-4, clip: float = 5.0
+) -> Array:
+    """`advantages` of whole groups [..., P, K] by their own `group_statistics`."""
+    return advantages(rewards, group_statistics(rewards, std), eps=eps, clip=clip)
 
 
 def probabilities(advantages: Array) -> Array:

@@ -109,8 +109,7 @@ def entropy_bonus(signals: Signals, options: Options) -> Array:
     """
     if options.gradient == "exact":
         return -signals.weight * signals.entropy
-    surprise = surprisal_in_space(signals, options)
-    centred = surprise - jnp.mean(surprise, axis=-1, keepdims=True)
+    centred = surprisal_in_space(signals, options) - signals.groups.surprisal_mean
     return -signals.weight * jnp.mean(_live_ratio(signals) * centred)
 
 

@@ -17,11 +17,19 @@ KL_AS = ("reward", "loss")
 GRADIENTS = ("score", "exact")
 
 
+class Groups(NamedTuple):
+    """What a part of a group must know of the whole of it."""
+
+    reward_std: Array  # [P, 1] population std of the rewards
+    surprisal_mean: Array  # [P, 1] or [S, P, 1] of the surprisal in the constraint's space
+
+
 class Signals(NamedTuple):
     """What a constraint may look at; fields a hook comes too early for are None.
 
     Whole-batch hooks see [P, K], or [S, P, K] with an axis of steps in front; `sample_loss` and
-    `extra_loss` see the same fields of one micro-batch, of whatever shape they share.
+    `extra_loss`, and `shape_reward` once more, see one step of some images of every group,
+    [P, k]. What they need of the whole groups is in `groups`.
     """
 
     weight: Array  # []           lambda, traced
@@ -36,6 +44,7 @@ class Signals(NamedTuple):
     selected: Maybe = None  # [..., P, K] what `select` returned
     target: Maybe = None  # []  H*, for a weight that is a dual variable
     key: Maybe = None  # for a `select` that draws at random
+    groups: Maybe = None  # Groups: statistics of the whole groups, as the rollout left them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +99,22 @@ def surprisal_in_space(signals: Signals, options: Options) -> Array:
     return jax.lax.stop_gradient(h)
 
 
+def whole_groups(signals: Signals, options: Options) -> Signals:
+    """The signals of whole groups with `groups` filled in.
+
+    Args:
+        signals: rewards [P, K], and logp or surprisal [..., P, K], as the constraint's space is.
+        options: of the method.
+    """
+    surprise = surprisal_in_space(signals, options)
+    return signals._replace(
+        groups=Groups(
+            reward_std=jnp.std(jax.lax.stop_gradient(signals.rewards), axis=-1, keepdims=True),
+            surprisal_mean=jnp.mean(surprise, axis=-1, keepdims=True),
+        )
+    )
+
+
 def group_weight(signals: Signals, options: Options) -> Array:
     """lambda in the unit of the rewards: [], or [P, 1] where it is given in reward stds.
 
@@ -98,8 +123,7 @@ def group_weight(signals: Signals, options: Options) -> Array:
     """
     if options.unit == "raw":
         return signals.weight
-    rewards = jax.lax.stop_gradient(signals.rewards)
-    return signals.weight * jnp.std(rewards, axis=-1, keepdims=True)
+    return signals.weight * signals.groups.reward_std
 
 
 def covariances(signals: Signals, options: Options) -> Array:

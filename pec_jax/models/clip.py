@@ -27,12 +27,12 @@ from pec_jax.models.layers import (
     LayerNorm,
     activation,
     attention,
-    constrain,
     merge_heads,
     run_name,
     scan_layers,
     split_heads,
 )
+from pec_jax.sharding import constrain
 
 Array = jax.Array
 

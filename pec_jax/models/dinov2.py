@@ -26,12 +26,12 @@ from pec_jax.models.layers import (
     Dense,
     LayerNorm,
     activation,
-    constrain,
     run_name,
     scan_layers,
 )
 from pec_jax.models.resampling import cubic_weights, resize_weights
 from pec_jax.models.vit import self_attention
+from pec_jax.sharding import constrain
 
 Array = jax.Array
 

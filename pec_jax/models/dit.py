@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as init
 
+from pec_jax import sharding
 from pec_jax.models import layers
 
 Array = jax.Array
@@ -208,13 +209,13 @@ class JointBlock(nn.Module):
             change = change + gate_2 * attend_2(modulate(x, shift_2, scale_2, dtype))[0]
         x = x + change
         x = x + gate_mlp * FeedForward(dtype, name="ff")(modulate(x, shift_mlp, scale_mlp, dtype))
-        x = layers.constrain(x, "batch", "tokens", "embed")
+        x = sharding.constrain(x, "batch", "tokens", "embed")
         if self.last:
             return (x, context), None
         context = context + c_gate * attended_context
         mlp_input = modulate(context, c_shift_mlp, c_scale_mlp, dtype)
         context = context + c_gate_mlp * FeedForward(dtype, name="ff_context")(mlp_input)
-        return (x, layers.constrain(context, "batch", "tokens", "embed")), None
+        return (x, sharding.constrain(context, "batch", "tokens", "embed")), None
 
 
 def embed_context(tokens: Array, features: int, dtype: jnp.dtype) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax import sharding
 from pec_jax.models import dit, layers
 
 Array = jax.Array
@@ -155,7 +156,7 @@ class SingleBlock(nn.Module):
             [attend(h, rotation=rotation)[0], jax.nn.gelu(hidden, approximate=True)], axis=-1
         )
         out = layers.Dense(dim, dtype=dtype, kernel_axes=("mlp", "embed"), name="proj_out")(both)
-        return layers.constrain(x + gate * out, "batch", "tokens", "embed"), None
+        return sharding.constrain(x + gate * out, "batch", "tokens", "embed"), None
 
 
 class Flux(nn.Module):

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers as init
 
+from pec_jax.sharding import at_use
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 CPU_UNROLL = 4
@@ -61,19 +63,6 @@ def activation(name: str) -> Callable[[Array], Array]:
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
-
-
-def constrain(x: Array, *names: str | None) -> Array:
-    """Names the axes of an activation, so that the partitioner knows where it may be split.
-
-    Args:
-        x: an activation, any shape.
-        *names: one logical axis name (or None) an axis.
-
-    Returns:
-        `x` itself where no mesh and rules are set.
-    """
-    return nn.with_logical_constraint(x, names)
 
 
 def attention(
@@ -162,10 +151,11 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
         )
         x = x.astype(self.dtype)
-        y = jnp.dot(x, kernel.astype(self.dtype))
+        y = jnp.dot(x, at_use(kernel.astype(self.dtype), *self.kernel_axes))
         if self.has_variable("lora", "a"):
-            a = self.get_variable("lora", "a").astype(self.dtype)
-            b = self.get_variable("lora", "b").astype(self.dtype)
+            fan_in, fan_out = self.kernel_axes
+            a = at_use(self.get_variable("lora", "a").astype(self.dtype), fan_in, "rank")
+            b = at_use(self.get_variable("lora", "b").astype(self.dtype), "rank", fan_out)
             y = y + jnp.dot(jnp.dot(x, a), b)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(init.zeros, self.kernel_axes[-1:])
@@ -194,7 +184,7 @@ class Conv(nn.Module):
         )
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            at_use(kernel.astype(self.dtype), *axes),
             window_strides=self.strides,
             padding=tuple(self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -220,14 +210,16 @@ class PatchConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         n, height, width, channels = x.shape
         p = self.patch_size
+        axes = (None, None, "conv_in", "embed")
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(init.lecun_normal(), (None, None, "conv_in", "embed")),
+            nn.with_logical_partitioning(init.lecun_normal(), axes),
             (p, p, channels, self.features),
         )
+        kernel = at_use(kernel.astype(self.dtype), *axes)
         x = x.astype(self.dtype).reshape(n, height // p, p, width // p, p, channels)
         x = x.swapaxes(2, 3).reshape(n, height // p, width // p, p * p * channels)
-        y = jnp.dot(x, kernel.reshape(-1, self.features).astype(self.dtype))
+        y = jnp.dot(x, kernel.reshape(-1, self.features))
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(init.zeros, ("embed",))
             y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
@@ -249,7 +241,7 @@ class Embed(nn.Module):
             nn.with_logical_partitioning(self.embedding_init, ("vocab", "embed")),
             (self.num_embeddings, self.features),
         )
-        return jnp.take(table.astype(self.dtype), ids, axis=0)
+        return jnp.take(at_use(table.astype(self.dtype), "vocab", "embed"), ids, axis=0)
 
 
 def normalize(x: Array, epsilon: float) -> Array:

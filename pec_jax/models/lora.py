@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -98,6 +98,25 @@ def init(params: PyTree, patterns: Sequence[str], rank: int, key: Array) -> PyTr
         adapters[(*path, "a")] = a
         adapters[(*path, "b")] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
     return traverse_util.unflatten_dict(adapters)
+
+
+def logical_axes(
+    kernels: Mapping[tuple[str, ...], Sequence[str | None]], adapters: PyTree
+) -> PyTree:
+    """The names of an adapter's axes: those of its layer's kernel, and "rank".
+
+    Args:
+        kernels: path of every leaf of the network's "params" -> the names of its axes.
+        adapters: from `init`, arrays or abstract.
+
+    Returns:
+        A tree like `adapters`, with a tuple of names for each array.
+    """
+    axes = {}
+    for path in traverse_util.flatten_dict(adapters):
+        *lead, fan_in, fan_out = kernels[(*path[:-1], "kernel")]
+        axes[path] = (*lead, fan_in, "rank") if path[-1] == "a" else (*lead, "rank", fan_out)
+    return traverse_util.unflatten_dict(axes)
 
 
 def scaled(lora: PyTree, alpha: float, rank: int) -> PyTree:

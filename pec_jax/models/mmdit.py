@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax import sharding
 from pec_jax.models import dit, layers
 
 Array = jax.Array
@@ -134,9 +135,8 @@ class PatchEmbed(nn.Module):
         c = self.config
         size = c.pos_embed_max_size
         base = c.sample_size // c.patch_size
-        table = self.variable(
-            "buffers", "pos_embed", sincos_position_table, c.inner_dim, size, base
-        ).value
+        make_table = nn.with_logical_partitioning(sincos_position_table, (None, None, "embed"))
+        table = self.variable("buffers", "pos_embed", make_table, c.inner_dim, size, base).value
         x = layers.PatchConv(c.inner_dim, c.patch_size, dtype=self.dtype, name="proj")(x)
         n, rows, columns, dim = x.shape
         if rows > size or columns > size:
@@ -146,7 +146,8 @@ class PatchEmbed(nn.Module):
             )
         top, left = (size - rows) // 2, (size - columns) // 2
         table = table.reshape(size, size, dim)[top : top + rows, left : left + columns]
-        return (x + table.astype(self.dtype)).reshape(n, rows * columns, dim)
+        table = sharding.at_use(table.astype(self.dtype), None, None, "embed")
+        return (x + table).reshape(n, rows * columns, dim)
 
 
 class MMDiT(nn.Module):

@@ -18,6 +18,7 @@ import numpy as np
 
 from pec_jax.models import clip, dinov2, vit
 from pec_jax.perception.preprocessing import Preprocessor, to_uint8_levels
+from pec_jax.weights.convert import boxed_variables, placed_shapes
 from pec_jax.weights.tensors import read_json
 from pec_jax.weights.text import load_tokenizer, load_variables
 
@@ -88,13 +89,22 @@ class Encoder:
         return np.asarray(encoded["input_ids"], np.int32)
 
 
-def load_encoder(directory: str | Path, dtype: jnp.dtype = jnp.float32) -> Encoder:
+def load_encoder(
+    directory: str | Path,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    sharding: Any = None,
+    weights: bool = True,
+) -> Encoder:
     """Loads an encoder from a Hugging Face directory.
 
     Args:
         directory: holds `config.json` (its model_type is one of `LOADERS`),
             `model.safetensors`, `preprocessor_config.json`, and for CLIP the tokenizer's files.
         dtype: in which the network is kept and computes.
+        sharding: where its parameters go, a sharding for all or a `Placement`; None is the default
+            device.
+        weights: False reads config files alone: parameters are shapes, and there is no tokenizer.
 
     Returns:
         The encoder.
@@ -110,7 +120,26 @@ def load_encoder(directory: str | Path, dtype: jnp.dtype = jnp.float32) -> Encod
         known = ", ".join(repr(k) for k in LOADERS)
         raise ValueError(f"{root}: model_type = {kind!r} is no encoder we know; known: {known}")
     preprocess = Preprocessor.from_dict(read_json(root / "preprocessor_config.json"), kind)
-    return LOADERS[kind](root, config, preprocess, dtype)
+    return LOADERS[kind](_Source(root, dtype, sharding, weights), config, preprocess)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where an encoder's weights come from, and where they go."""
+
+    root: Path
+    dtype: jnp.dtype
+    sharding: Any
+    weights: bool
+
+    def variables(self, model: Any, *example: Any, ignore: Sequence[str]) -> PyTree:
+        """A network's variables, or their shapes."""
+        if not self.weights:
+            boxes = boxed_variables(model, *example)
+            return placed_shapes(boxes, dtype=self.dtype, sharding=self.sharding)
+        return load_variables(
+            self.root, model, *example, ignore=ignore, dtype=self.dtype, sharding=self.sharding
+        )
 
 
 def _check_size(root: Path, preprocess: Preprocessor, image_size: int) -> None:
@@ -123,15 +152,18 @@ def _check_size(root: Path, preprocess: Preprocessor, image_size: int) -> None:
         )
 
 
-def _load_clip(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dtype) -> Encoder:
-    settings = clip.CLIPConfig.from_dict(config)
-    model = clip.CLIPModel(settings, dtype=dtype)
+def _load_clip(source: _Source, config: dict, preprocess: Preprocessor) -> Encoder:
+    root, settings = source.root, clip.CLIPConfig.from_dict(config)
+    model = clip.CLIPModel(settings, dtype=source.dtype)
     side = settings.vision.image_size
     _check_size(root, preprocess, side)
     ids = np.zeros((1, 2), np.int32)
     pixels = np.zeros((1, side, side, settings.vision.num_channels), np.float32)
-    variables = load_variables(root, model, ids, pixels, ignore=clip.IGNORED_TENSORS, dtype=dtype)
-    tokenizer = load_tokenizer(root)
+    variables = source.variables(model, ids, pixels, ignore=clip.IGNORED_TENSORS)
+    tokenizer = load_tokenizer(root) if source.weights else None
+    text_length = settings.text.max_position_embeddings
+    if tokenizer is not None:
+        text_length = min(tokenizer.model_max_length, text_length)
 
     def image_features(params: PyTree, images: Array) -> Array:
         pixels = preprocess(images)
@@ -153,25 +185,25 @@ def _load_clip(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dt
         text_features=text_features,
         logit_scale=logit_scale,
         tokenizer=tokenizer,
-        text_length=min(tokenizer.model_max_length, settings.text.max_position_embeddings),
+        text_length=text_length,
     )
 
 
-def _load_vit(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dtype) -> Encoder:
+def _load_vit(source: _Source, config: dict, preprocess: Preprocessor) -> Encoder:
     settings = vit.ViTConfig.from_dict(config)
-    _check_size(root, preprocess, settings.image_size)
-    model = vit.ViTModel(settings, dtype=dtype)
-    return _images_only(root, model, preprocess, vit.IGNORED_TENSORS)
+    _check_size(source.root, preprocess, settings.image_size)
+    model = vit.ViTModel(settings, dtype=source.dtype)
+    return _images_only(source, model, preprocess, vit.IGNORED_TENSORS)
 
 
-def _load_dinov2(root: Path, config: dict, preprocess: Preprocessor, dtype: jnp.dtype) -> Encoder:
+def _load_dinov2(source: _Source, config: dict, preprocess: Preprocessor) -> Encoder:
     settings = dinov2.Dinov2Config.from_dict(config)
-    model = dinov2.Dinov2Model(settings, dtype=dtype)
-    return _images_only(root, model, preprocess, dinov2.IGNORED_TENSORS)
+    model = dinov2.Dinov2Model(settings, dtype=source.dtype)
+    return _images_only(source, model, preprocess, dinov2.IGNORED_TENSORS)
 
 
 def _images_only(
-    root: Path,
+    source: _Source,
     model: vit.ViTModel | dinov2.Dinov2Model,
     preprocess: Preprocessor,
     ignore: Sequence[str],
@@ -179,14 +211,14 @@ def _images_only(
     """An encoder whose features are its class token."""
     c = model.config
     pixels = np.zeros((1, c.image_size, c.image_size, c.num_channels), np.float32)
-    variables = load_variables(root, model, pixels, ignore=ignore, dtype=model.dtype)
+    variables = source.variables(model, pixels, ignore=ignore)
 
     def image_features(params: PyTree, images: Array) -> Array:
         hidden: Any = model.apply(params, preprocess(images))
         return hidden[:, 0].astype(jnp.float32)
 
     return Encoder(
-        name=root.name, dim=c.hidden_size, params=variables, image_features=image_features
+        name=source.root.name, dim=c.hidden_size, params=variables, image_features=image_features
     )
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax import hosts
 from pec_jax.data.prompts import Prompt
 from pec_jax.perception.encoders import Encoder, unit
 from pec_jax.rewards.base import Reward, as_8bit, register, reject_unknown_options
@@ -34,7 +35,7 @@ def require_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
     encoder = options.get("encoder")
     if encoder is None:
         raise ValueError(f"The reward {name!r} needs the option 'encoder', a CLIP-like encoder.")
-    if encoder.tokenizer is None or encoder.text_features is None:
+    if encoder.text_features is None:
         raise ValueError(
             f"The encoder {encoder.name!r} reads no text, so that the reward {name!r} cannot "
             "compare its images with prompts. Use a CLIP-like encoder."
@@ -83,7 +84,7 @@ def text_features(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
     missing = -len(ids) % TEXT_BATCH
     padded = np.concatenate([ids, np.repeat(ids[-1:], missing, axis=0)])
     batches = padded.reshape(-1, TEXT_BATCH, ids.shape[1])
-    features = [np.asarray(encode(encoder.params, batch)) for batch in batches]
+    features = [hosts.fetch(encode(encoder.params, batch)) for batch in batches]
     return np.concatenate(features)[: len(ids)]
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from flax import traverse_util
 
 from pec_jax.models.layers import RUN_NAME, expand_runs
+from pec_jax.sharding import put_array
 from pec_jax.weights.tensors import TensorFiles, WeightsError
 
 PyTree = Any
@@ -42,12 +43,14 @@ class Leaf:
         names: the torch tensors, one a layer of a scanned run, else one.
         axes: our axes in terms of torch's, e.g. (1, 0) for a linear kernel.
         stacked: whether the leaf has a leading layer axis.
+        logical: the logical name of each of our axes, or None.
     """
 
     path: tuple[str, ...]
     names: tuple[str, ...]
     axes: tuple[int, ...]
     stacked: bool
+    logical: tuple[str | None, ...]
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of each torch tensor, given the leaf's."""
@@ -65,8 +68,8 @@ def leaves(variables: PyTree) -> Iterator[tuple[Leaf, Any]]:
         (place, leaf).
     """
     for collection in STORED:
-        tree = traverse_util.flatten_dict(nn.unbox(dict(variables.get(collection, {}))))
-        for path, value in tree.items():
+        for path, box in traverse_util.flatten_dict(dict(variables.get(collection, {}))).items():
+            value = unbox(box)
             modules, leaf = path[:-1], path[-1]
             stacked = any(RUN_NAME.fullmatch(part) for part in modules)
             ndim = len(value.shape) - stacked
@@ -75,11 +78,12 @@ def leaves(variables: PyTree) -> Iterator[tuple[Leaf, Any]]:
                 axes = {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
             suffix = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
             names = tuple(f"{name}.{suffix}" if name else suffix for name in expand_runs(modules))
-            yield Leaf((collection, *path), names, axes, stacked), value
+            logical = tuple(getattr(box, "names", (None,) * len(value.shape)))
+            yield Leaf((collection, *path), names, axes, stacked, logical), value
 
 
-def abstract_variables(module: nn.Module, *args: Any, method: Any = None) -> PyTree:
-    """Shapes of a module's variables; no memory is taken.
+def boxed_variables(module: nn.Module, *args: Any, method: Any = None) -> PyTree:
+    """Shapes and logical axes of a module's variables; no memory is taken.
 
     Args:
         module: a linen module.
@@ -87,10 +91,44 @@ def abstract_variables(module: nn.Module, *args: Any, method: Any = None) -> PyT
         method: what to call instead of `__call__`.
 
     Returns:
-        {"params": ..., "buffers": ...} of `jax.ShapeDtypeStruct`, unboxed.
+        {"params": ..., "buffers": ...} of `jax.ShapeDtypeStruct` in linen's boxes.
     """
     init: Callable[..., Any] = lambda *a: module.init(jax.random.key(0), *a, method=method)  # noqa: E731
-    return nn.unbox(jax.eval_shape(init, *args))
+    with nn.logical_axis_rules(()):  # shapes are asked for, and not placed on a mesh
+        return jax.eval_shape(init, *args)
+
+
+def abstract_variables(module: nn.Module, *args: Any, method: Any = None) -> PyTree:
+    """`boxed_variables` without the boxes: shapes alone."""
+    return unbox(boxed_variables(module, *args, method=method))
+
+
+def unbox(variables: PyTree) -> PyTree:
+    """Shapes without their boxes, whatever mesh is active."""
+    with nn.logical_axis_rules(()):
+        return nn.unbox(variables)
+
+
+def placed_shapes(boxes: PyTree, *, dtype: Any = None, sharding: Any = None) -> PyTree:
+    """What `from_torch` would load, as shapes: each of its dtype and in its place.
+
+    Args and Returns: as `from_torch`, with `jax.ShapeDtypeStruct` for arrays.
+    """
+    flat = {}
+    for leaf, expected in leaves(boxes):
+        where = sharding(leaf.logical, expected.shape) if callable(sharding) else sharding
+        target = dtype if dtype is not None else expected.dtype
+        flat[leaf.path] = jax.ShapeDtypeStruct(expected.shape, target, sharding=where)
+    return traverse_util.unflatten_dict(flat)
+
+
+def logical_axes(variables: PyTree) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Path of each stored leaf, collection first -> the names of its axes.
+
+    Args:
+        variables: from `boxed_variables`.
+    """
+    return {leaf.path: leaf.logical for leaf, _ in leaves(variables)}
 
 
 def from_torch(
@@ -105,11 +143,12 @@ def from_torch(
 
     Args:
         tensors: torch name -> array; `TensorFiles` or a dict.
-        abstract_variables: the shapes expected, from `abstract_variables`.
+        abstract_variables: the shapes expected, boxed or not.
         ignore: regular expressions; an extra tensor whose whole name matches one is no error.
         dtype: dtype of the floating-point leaves; by default the expected one (fp32).
         sharding: where each leaf goes as soon as it is read, so that the host never holds more
-            than one leaf beside what its own devices keep; None leaves numpy arrays.
+            than one leaf beside what its own devices keep; a sharding for all, or a `Placement`;
+            None leaves numpy arrays.
 
     Returns:
         {"params": ..., "buffers": ...}.
@@ -145,8 +184,8 @@ def from_torch(
             value = np.transpose(np.asarray(tensors[name]), leaf.axes)
             array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
         if sharding is not None:
-            # On CPU the device takes the aligned memory over as it is, without a copy.
-            array = jax.device_put(array, sharding, may_alias=True)
+            where = sharding(leaf.logical, array.shape) if callable(sharding) else sharding
+            array = put_array(array, where)
         flat[leaf.path] = array
     return traverse_util.unflatten_dict(flat)
 

@@ -17,7 +17,7 @@ from pec_jax.models.flux import Flux, FluxConfig
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.models.text import TextStack
 from pec_jax.models.vae import AutoencoderKL, VAEConfig
-from pec_jax.weights.convert import abstract_variables, from_torch, to_torch
+from pec_jax.weights.convert import boxed_variables, from_torch, placed_shapes, to_torch, unbox
 from pec_jax.weights.families import Family, read_family
 from pec_jax.weights.tensors import (
     WeightsError,
@@ -149,16 +149,21 @@ def _shape(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def transformer_shapes(module: Transformer) -> PyTree:
-    """The shapes of a transformer's variables, {"params", "buffers"}; no memory is taken."""
+def transformer_boxes(module: Transformer) -> PyTree:
+    """Shapes and logical axes of a transformer's variables, {"params", "buffers"}, in boxes."""
     c = module.config
     text = _shape(1, 1, c.joint_attention_dim), _shape(1, c.pooled_projection_dim)
     if isinstance(c, FluxConfig):
         latents = _shape(1, flux.PACK, flux.PACK, c.latent_channels)
         guidance = (_shape(1),) if c.guidance_embeds else ()
-        return abstract_variables(module, latents, _shape(1), *text, *guidance)
+        return boxed_variables(module, latents, _shape(1), *text, *guidance)
     latents = _shape(1, c.patch_size, c.patch_size, c.in_channels)
-    return abstract_variables(module, latents, _shape(1), *text)
+    return boxed_variables(module, latents, _shape(1), *text)
+
+
+def transformer_shapes(module: Transformer) -> PyTree:
+    """The shapes of a transformer's variables, {"params", "buffers"}; no memory is taken."""
+    return unbox(transformer_boxes(module))
 
 
 def transformer_buffers(module: Transformer) -> PyTree:
@@ -168,10 +173,15 @@ def transformer_buffers(module: Transformer) -> PyTree:
     return {"pos_embed": {"pos_embed": table}}
 
 
+def vae_boxes(module: AutoencoderKL) -> PyTree:
+    """Shapes and logical axes of an autoencoder's variables, {"params"}, in boxes."""
+    factor = module.config.scale_factor
+    return boxed_variables(module, _shape(1, factor, factor, module.config.in_channels))
+
+
 def vae_shapes(module: AutoencoderKL) -> PyTree:
     """The shapes of an autoencoder's variables, {"params"}; no memory is taken."""
-    factor = module.config.scale_factor
-    return abstract_variables(module, _shape(1, factor, factor, module.config.in_channels))
+    return unbox(vae_boxes(module))
 
 
 def load_transformer_config(
@@ -198,6 +208,7 @@ def load_transformer(
     remat: str = "none",
     variant: str = "",
     sharding: Any = None,
+    weights: bool = True,
 ) -> tuple[Transformer, PyTree]:
     """Loads a transformer directory (config.json and its weights).
 
@@ -207,7 +218,9 @@ def load_transformer(
         param_dtype: in which its parameters are kept.
         remat: what the backward pass computes again, of `layers.REMAT`.
         variant: such as "fp16", where there are several files of weights.
-        sharding: where the variables go; None keeps them in host memory, as numpy arrays.
+        sharding: where the variables go, a sharding for all or a `Placement`; None keeps them in
+            host memory, as numpy arrays.
+        weights: False reads config.json alone and gives the variables' shapes.
 
     Returns:
         (network, variables).
@@ -217,9 +230,11 @@ def load_transformer(
     """
     directory = Path(directory)
     module = load_transformer_config(directory, dtype, remat=remat)
+    boxes = transformer_boxes(module)
+    if not weights:
+        return module, placed_shapes(boxes, dtype=param_dtype, sharding=sharding)
     tensors = read_tensors(directory, STEM, variant)
-    shapes = transformer_shapes(module)
-    return module, from_torch(tensors, shapes, dtype=param_dtype, sharding=sharding)
+    return module, from_torch(tensors, boxes, dtype=param_dtype, sharding=sharding)
 
 
 def load_vae(
@@ -228,6 +243,7 @@ def load_vae(
     *,
     variant: str = "",
     sharding: Any = None,
+    weights: bool = True,
 ) -> tuple[AutoencoderKL, PyTree]:
     """Loads an autoencoder directory (config.json and its weights).
 
@@ -235,7 +251,9 @@ def load_vae(
         directory: such as PIPELINE/vae.
         dtype: in which the network computes; its parameters are fp32.
         variant: such as "fp16", where there are several files of weights.
-        sharding: where the variables go; None keeps them in host memory, as numpy arrays.
+        sharding: where the variables go, a sharding for all or a `Placement`; None keeps them in
+            host memory, as numpy arrays.
+        weights: False reads config.json alone and gives the variables' shapes.
 
     Returns:
         (network, variables).
@@ -245,8 +263,10 @@ def load_vae(
     """
     directory = Path(directory)
     module = AutoencoderKL(_parse(VAEConfig, directory, "AutoencoderKL"), dtype=dtype)
+    if not weights:
+        return module, placed_shapes(vae_boxes(module), sharding=sharding)
     tensors = read_tensors(directory, STEM, variant)
-    return module, from_torch(tensors, vae_shapes(module), sharding=sharding)
+    return module, from_torch(tensors, vae_boxes(module), sharding=sharding)
 
 
 def load_pipeline(
@@ -260,6 +280,7 @@ def load_pipeline(
     remat: str = "none",
     variant: str = "",
     sharding: Any = None,
+    weights: bool = True,
 ) -> Pipeline:
     """Loads a Stable Diffusion 3 or FLUX.1 pipeline from a directory in diffusers' layout.
 
@@ -274,6 +295,7 @@ def load_pipeline(
         variant: such as "fp16", where there are several files of weights.
         sharding: where the variables of transformer and autoencoder go, tensor by tensor; None
             keeps them in host memory, as numpy arrays.
+        weights: False reads config files alone and gives the variables' shapes.
 
     Returns:
         The pipeline.
@@ -293,8 +315,11 @@ def load_pipeline(
         remat=remat,
         variant=variant,
         sharding=sharding,
+        weights=weights,
     )
-    vae, vae_variables = load_vae(root / "vae", vae_dtype, variant=variant, sharding=sharding)
+    vae, vae_variables = load_vae(
+        root / "vae", vae_dtype, variant=variant, sharding=sharding, weights=weights
+    )
     _check_channels(root, transformer, vae)
     return Pipeline(
         family=family,

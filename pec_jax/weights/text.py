@@ -14,7 +14,7 @@ import numpy as np
 
 from pec_jax.models import clip, t5
 from pec_jax.models.text import TextStack, TextTower, flux_conditioning, sd3_conditioning
-from pec_jax.weights.convert import abstract_variables, from_torch
+from pec_jax.weights.convert import boxed_variables, from_torch
 from pec_jax.weights.families import present_text_encoders, read_family
 from pec_jax.weights.tensors import WeightsError, read_json, read_tensors
 
@@ -26,6 +26,7 @@ def load_variables(
     ignore: Sequence[str] = (),
     dtype: jnp.dtype = jnp.float32,
     variant: str = "",
+    sharding: Any = None,
 ) -> Any:
     """Loads the variables of one transformers model.
 
@@ -36,17 +37,19 @@ def load_variables(
         ignore: regular expressions of stored tensors that the module does not have.
         dtype: what the parameters are kept in.
         variant: such as "fp16", where there are several files of weights.
+        sharding: where they go, a sharding for all or a `Placement`; None is the default device.
 
     Returns:
-        The module's variables, on the default device.
+        The module's variables, on their devices.
 
     Raises:
         WeightsError: a tensor or file is missing, left over or misshapen; the message names it.
     """
     tensors = read_tensors(directory, "model", variant)
-    expected = abstract_variables(module, *example)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return from_torch(tensors, expected, ignore=ignore, dtype=dtype, sharding=device)
+    expected = boxed_variables(module, *example)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return from_torch(tensors, expected, ignore=ignore, dtype=dtype, sharding=sharding)
 
 
 def load_tokenizer(directory: str | Path) -> Any:

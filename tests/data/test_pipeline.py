@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,24 +37,12 @@ def test_pure_in_seed_and_iteration():
     assert late.dtype == np.int32
 
 
-def test_processes_share_out_the_groups():
-    whole = PromptStream(num_prompts=50, groups=8, seed=0)
-    slices = [dataclasses.replace(whole, process_index=i, process_count=4) for i in range(4)]
-    for iteration in (0, 9):
-        parts = [s.ids(iteration) for s in slices]
-        assert all(part.shape == (2,) for part in parts)
-        np.testing.assert_array_equal(np.concatenate(parts), whole.ids(iteration))
-        np.testing.assert_array_equal(slices[3].global_ids(iteration), whole.ids(iteration))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((0, 4, 0), "at least one prompt"),
         ((4, 0, 0), "at least one group"),
         ((4, 4, -1), "negative"),
-        ((4, 4, 0, 2, 2), "no process 2 of 2"),
-        ((4, 5, 0, 0, 2), "do not divide over 2 processes"),
     ],
 )
 def test_impossible_streams_are_refused(arguments, message):

@@ -12,7 +12,7 @@ import pytest
 from pec_jax.grpo import constraints
 from pec_jax.grpo.constraints import Constraint, constrained_loss, get_constraint
 from pec_jax.grpo.loss import policy_loss
-from pec_jax.grpo.signals import SPACES, Options, Signals
+from pec_jax.grpo.signals import SPACES, Options, Signals, whole_groups
 
 _RNG = np.random.default_rng(0)
 REWARDS = jnp.asarray(_RNG.normal(size=(3, 4)) * [[1.0], [0.1], [5.0]], jnp.float32)
@@ -34,7 +34,9 @@ def _signals(**changes):
         advantages=ADVANTAGES,
         kl=jnp.abs(LOGP),
     )
-    return signals._replace(**changes)
+    signals = signals._replace(**changes)
+    space = "latent" if signals.surprisal is None else "perceptual"
+    return whole_groups(signals, Options(space=space))
 
 
 @pytest.mark.parametrize("name", ["none", "kl"])

@@ -11,7 +11,7 @@ import pytest
 
 from pec_jax.grpo import constraints
 from pec_jax.grpo.constraints import check_options, constrained_loss, get_constraint
-from pec_jax.grpo.signals import Options, Signals, covariances
+from pec_jax.grpo.signals import Options, Signals, covariances, whole_groups
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 3, 4)  # S, P, K
@@ -43,16 +43,15 @@ def signals(**changes):
     }
     made = {name: jnp.asarray(np.asarray(v)) for name, v in values.items()}
     made = {k: v if v.dtype == bool else v.astype(jnp.float32) for k, v in made.items()}
-    return Signals(**made)._replace(**changes)
+    return whole_groups(Signals(**made)._replace(**changes), PERCEPTUAL)
 
 
 def loss_and_gradient(name, options=PERCEPTUAL, **changes):
     """(loss, d loss / d logp) of one method; logp_old, advantages and ratio are constants."""
 
     def loss(logp):
-        return constrained_loss(
-            get_constraint(name), signals(logp=logp, **changes), options, LOW, HIGH
-        )[0]
+        given = whole_groups(signals(logp=logp, **changes), options)
+        return constrained_loss(get_constraint(name), given, options, LOW, HIGH)[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(LOGP, jnp.float32))
     return float(value), np.asarray(gradient)

@@ -14,6 +14,7 @@ from pec_jax.grpo.signals import (
     group_weight,
     importance,
     surprisal_in_space,
+    whole_groups,
 )
 
 RNG = np.random.default_rng(3)
@@ -36,7 +37,7 @@ def signals(**changes):
         logp=LOGP,
         advantages=ADVANTAGES,
     )
-    return made._replace(**changes)
+    return whole_groups(made._replace(**changes), PERCEPTUAL)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,14 @@ def test_the_weights_unit_carries_no_gradient_and_is_finite_where_the_std_is_zer
     for rewards in (REWARDS, jnp.ones((P, K))):
         gradient = jax.grad(lambda r: group_weight(signals(rewards=r), IN_STDS).sum())(rewards)
         np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("options", [PERCEPTUAL, LATENT])
+def test_what_is_kept_of_whole_groups(options):
+    groups = whole_groups(signals(), options).groups
+    surprise = np.asarray(surprisal_in_space(signals(), options))
+    np.testing.assert_allclose(groups.surprisal_mean[..., 0], surprise.mean(axis=-1), **CLOSE)
+    np.testing.assert_allclose(groups.reward_std[:, 0], np.asarray(REWARDS).std(axis=-1), **CLOSE)
 
 
 @pytest.mark.parametrize("options", [PERCEPTUAL, LATENT])

@@ -257,21 +257,3 @@ class TestRuns:
     def test_nested_runs_are_refused(self):
         with pytest.raises(ValueError, match="nested"):
             layers.expand_runs(["a.0:2", "b.0:2"])
-
-
-class TestConstrain:
-    def test_is_nothing_without_rules(self):
-        x = jnp.ones((2, 3, 4))
-        assert layers.constrain(x, "batch", "tokens", "embed") is x
-
-    def test_takes_effect_with_mesh_and_rules(self):
-        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        rules = [("batch", "data"), ("tokens", None), ("embed", None)]
-        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-            jaxpr = jax.make_jaxpr(lambda x: layers.constrain(x, "batch", "tokens", "embed"))(
-                jnp.ones((2, 3, 4))
-            )
-        [equation] = jaxpr.eqns
-        assert equation.primitive.name == "sharding_constraint"
-        spec = equation.params["sharding"].spec
-        assert tuple(spec) == ("data", None, None)

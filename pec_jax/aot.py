@@ -1,0 +1,54 @@
+"""Compiles for TPUs that are not there: `python -m pec_jax.aot --config=F.py --topology=v5e:4x4`.
+
+Compiles the train step of a config, as it would run, for a TPU topology, on any machine with
+`pip install 'pec_jax[tpu]'`. One JSON object on standard output, per chip and step: parameters,
+bytes against the chip's memory and whether they fit, FLOPs counted from the program and by XLA,
+collectives by kind, and the shortest time that chips of that kind could take. Published models
+need no files; their shapes are known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from absl import app, flags, logging
+
+from pec_jax import command_line
+from pec_jax.errors import exit_with_sentence, quiet_libraries
+
+_CONFIG = command_line.define_config()
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Kind of chip and their grid.")
+
+# Most to gain first; what each costs is said beside the field in config.py.
+ADVICE = (
+    "It does not fit. Lower config.batch.update_images, decode_images or rollout_images; set "
+    "config.model.remat=full; raise config.mesh.fsdp; keep weights in bfloat16 "
+    "(config.model.param_dtype, encoder_dtype, vae_dtype); or take more chips."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Parses, compiles, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not _CONFIG.value:
+        raise app.UsageError("--config is missing; see --help.")
+    # Before jax looks for the TPU that is not there, and asks it about itself.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from pec_jax import ahead
+    from pec_jax.config import from_config_dict
+
+    with exit_with_sentence():
+        found = ahead.report(from_config_dict(_CONFIG.value), _TOPOLOGY.value)
+    print(json.dumps(found, indent=2))
+    if not found["fits"]:
+        logging.warning(ADVICE)
+
+
+if __name__ == "__main__":
+    command_line.make_configs_importable(sys.argv)
+    quiet_libraries()
+    app.run(main, flags_parser=command_line.parse)

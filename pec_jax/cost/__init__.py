@@ -1,0 +1,1 @@
+"""What a compiled train step costs: operations, collectives, memory, and a bound on its time."""
