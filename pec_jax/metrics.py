@@ -16,8 +16,6 @@ from absl import logging
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from pec_jax import hosts
-
 
 class MetricWriter:
     """Writes scalars and image grids to `metrics.jsonl`, TensorBoard (through clu) and PNGs.
@@ -80,9 +78,9 @@ class _NoWriter(MetricWriter):
         """Nothing."""
 
 
-def make_writer(directory: str | Path, resume_step: int) -> MetricWriter:
-    """The writer of this host: only the first one writes."""
-    return (MetricWriter if hosts.is_first() else _NoWriter)(directory, resume_step)
+def make_writer(directory: str | Path, resume_step: int, *, first: bool) -> MetricWriter:
+    """The writer of a host: only the first one writes."""
+    return (MetricWriter if first else _NoWriter)(directory, resume_step)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -169,10 +167,10 @@ def image_grid(images: np.ndarray, captions: Sequence[str], *, cell: int = 64) -
 class Progress:
     """A progress bar on a terminal, a log line now and then elsewhere."""
 
-    def __init__(self, total: int, start: int, shown: Sequence[str]):
-        self._shown = shown
+    def __init__(self, total: int, start: int, shown: Sequence[str], *, first: bool = True):
+        self._shown, self._first = shown, first
         self._total = total
-        self._interactive = sys.stderr.isatty() and hosts.is_first()
+        self._interactive = sys.stderr.isatty() and first
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -189,7 +187,7 @@ class Progress:
         if self._interactive:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
-        elif hosts.is_first() and (step % max(1, self._total // 20) == 0 or step == self._total):
+        elif self._first and (step % max(1, self._total // 20) == 0 or step == self._total):
             logging.info("iteration %d of %d: %s", step, self._total, text)
 
     def close(self) -> None:

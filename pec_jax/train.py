@@ -124,8 +124,8 @@ class _Run:
     def loop(self, stop: hosts.StopRequests) -> dict[str, float]:
         """Iterates from where the run stands to its end, or until told to stop."""
         state, first = self._start()
-        writer = make_writer(self._directory, resume_step=first)
-        progress = Progress(self._config.num_iterations, first, SHOWN)
+        writer = make_writer(self._directory, first, first=hosts.is_first())
+        progress = Progress(self._config.num_iterations, first, SHOWN, first=hosts.is_first())
         log = _Log(writer, progress, self._config)
         actions = self._actions(writer, log)
         base = self._base_evaluation()
