@@ -1,6 +1,7 @@
 """Trains: `python -m pec_jax.main --config=configs/shapes_pec.py --workdir=DIR [--config.a.b=v]`.
 
-Resumes if DIR holds a checkpoint of the same config.
+Resumes if DIR holds a checkpoint of the same config. On several hosts, start the same command on
+each with --distributed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written, and r
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume a run although its config differs from this one."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Train together with the other processes that run this command."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0; found by itself on TPU pods and under Slurm."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together; found likewise.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0; found likewise.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +39,17 @@ def main(argv: list[str]) -> None:
     for flag in (_CONFIG, _WORKDIR):
         if not flag.value:
             raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax import train  # imports jax; --help and typos need not wait for it
+    joining = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    for flag in joining:
+        if flag.value is not None and not _DISTRIBUTED.value:
+            raise app.UsageError(f"--{flag.name} means nothing without --distributed.")
+    from pec_jax import hosts, train  # import jax; --help and typos need not wait for it
 
     with exit_with_sentence():
+        if _DISTRIBUTED.value:
+            hosts.join(*(flag.value for flag in joining))
+        else:
+            hosts.refuse_to_run_alone()
         train.train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CONFIG_CHANGE.value)
 
 

@@ -151,6 +151,25 @@ def at_use(parameter: Array, *names: str | None) -> Array:
     return _constrain(parameter, names, rules)
 
 
+def on_shards(function: Callable[..., Array], names: Names, *arrays: Array) -> Array:
+    """`function` on every device for its own part of the arrays, without any communication.
+
+    For kernels that the compiler cannot split.
+
+    Args:
+      function: from arrays to one array, all of which have the same logical axes.
+      names: those axes.
+      *arrays: alike in the axes that are split.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    if mesh.empty or mesh.size == 1 or not rules:
+        return function(*arrays)
+    spec = partition(names, arrays[0].shape, rules, mesh.shape)
+    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(
+        *arrays
+    )
+
+
 def _constrain(x: Array, names: Names, rules: Any) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not rules:

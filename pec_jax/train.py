@@ -119,7 +119,7 @@ class _Run:
             directory / "checkpoints", config.schedule.keep_checkpoints
         )
         eval_key = sharding.put_replicated(stream_key(config, EVAL_STREAM), mesh)
-        self._evaluator = Evaluator(world, eval_key)
+        self._evaluator = Evaluator(world, eval_key, mesh)
 
     def loop(self, stop: hosts.StopRequests) -> dict[str, float]:
         """Iterates from where the run stands to its end, or until told to stop."""

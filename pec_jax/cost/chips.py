@@ -17,7 +17,9 @@ class Chip:
       hbm_bytes: of memory.
       flops: bf16 operations a second.
       hbm_bandwidth: bytes a second.
-      ici_bandwidth: bytes a second that it receives from its neighbours, over all links.
+      ici_bandwidth: bytes a second that it receives from its neighbours, over all links together:
+        half of what the sheets call bidirectional. At the edge of a slice without wrap-around a
+        chip has fewer links.
     """
 
     hbm_bytes: float
@@ -27,10 +29,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(34.4e9, 275e12, 1228e9, 150e9),
-    "v5e": Chip(17.2e9, 197e12, 819e9, 100e9),
-    "v5p": Chip(102.8e9, 459e12, 2765e9, 300e9),
-    "v6e": Chip(34.4e9, 918e12, 1640e9, 200e9),
+    "v4": Chip(34.4e9, 275e12, 1228e9, 300e9),
+    "v5e": Chip(17.2e9, 197e12, 819e9, 200e9),
+    "v5p": Chip(102.8e9, 459e12, 2765e9, 600e9),
+    "v6e": Chip(34.4e9, 918e12, 1640e9, 400e9),
     "tpu7x": Chip(206.2e9, 2307e12, 7380e9, 600e9),
 }
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pec_jax import generation, hosts
 from pec_jax.assemble import World, estimator_functions
@@ -32,7 +33,7 @@ from pec_jax.flow.sampler import sample_ode
 from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.program import Frozen, bind
 from pec_jax.rewards.base import as_8bit
-from pec_jax.sharding import over_batch
+from pec_jax.sharding import over_batch, put_replicated
 from pec_jax.types import Array, Batch, PyTree
 
 
@@ -63,9 +64,12 @@ class Evaluator:
     `eval.images_per_prompt` images at once.
     """
 
-    def __init__(self, world: World, key: Array):
-        self._world, self._key = world, key
+    def __init__(self, world: World, key: Array, mesh: Mesh):
+        """`key` lies on every device of `mesh`, as do the arguments of all calls."""
+        self._world, self._key, self._mesh = world, key, mesh
         self._groups = world.config.eval.groups
+        starts = range(0, len(world.heldout), self._groups)
+        self._keys = {start: jax.random.fold_in(key, start) for start in starts}
         self._draw = jax.jit(image_function(world, world.config.eval.images_per_prompt))
         self._measure = jax.jit(measure_function(world))
         self._entropies = jax.jit(entropy_function(world))
@@ -74,13 +78,13 @@ class Evaluator:
     def __call__(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Metric -> number on the held-out prompts; see the table at the top of this file."""
         table, batches = self._world.heldout, []
-        for start in range(0, len(table), self._groups):
+        for start, key in self._keys.items():
             batch = self._batch(table, start)
-            key = jax.random.fold_in(self._key, start)
             images = self._draw(params, frozen, batch, key)
             batches.append(hosts.fetch(self._measure(frozen, batch, images)))
         joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
-        entropies = self._entropies(joined["features"])
+        features = put_replicated(joined["features"], self._mesh)
+        entropies = jax.device_get(self._entropies(features))
         return summarise(joined["scores"], joined["features"]) | {
             name: float(value) for name, value in entropies.items()
         }
@@ -90,7 +94,7 @@ class Evaluator:
         if not self._world.config.eval.entropy_probes:
             return {}
         batch = self._batch(self._world.heldout, 0)
-        value, error = self._output_entropy(params, frozen, batch, self._key)
+        value, error = jax.device_get(self._output_entropy(params, frozen, batch, self._key))
         return {"entropy/output": float(value), "entropy/output_error": float(error)}
 
     def sample_grid(self, params: PyTree, frozen: Frozen) -> np.ndarray:
@@ -101,7 +105,7 @@ class Evaluator:
 
     def _batch(self, table: PromptTable, start: int) -> Batch:
         ids = np.arange(start, start + self._groups) % len(table)  # the last batch wraps around
-        return table.gather(ids)
+        return put_replicated(table.gather(ids), self._mesh)
 
 
 def entropy_function(world: World) -> Callable[[dict[str, Array]], dict[str, Array]]:
@@ -159,14 +163,19 @@ def measure_function(world: World) -> Callable[..., dict[str, PyTree]]:
     return measure
 
 
+@jax.jit
+def _unit_variance(features: Array) -> Array:
+    return perceptual_variance(scale_features(features, "unit"))
+
+
 def summarise(scores: dict[str, np.ndarray], features: dict[str, np.ndarray]) -> dict[str, float]:
     """Numbers and intervals from scores {reward: [P, N]} and raw features {encoder: [P, N, d]}."""
     per_prompt = {f"quality/{name}": value.mean(axis=1) for name, value in scores.items()}
     for name, value in features.items():
         per_prompt[f"diversity/{name}"] = metrics.mean_pairwise_distance(value)
         per_prompt[f"diversity/vendi_{name}"] = metrics.vendi_score(value)
-        unit = scale_features(jnp.asarray(value), "unit")
-        per_prompt[f"diversity/variance_{name}"] = np.asarray(perceptual_variance(unit))
+        variance = _unit_variance(jax.device_put(value))
+        per_prompt[f"diversity/variance_{name}"] = jax.device_get(variance)
     result: dict[str, float] = {}
     for name, values in per_prompt.items():
         interval = metrics.bootstrap_interval(values, seed=0)

@@ -15,6 +15,7 @@ from jax.nn import initializers as init
 
 from pec_jax import sharding
 from pec_jax.models import layers
+from pec_jax.models.attention import attention
 
 Array = jax.Array
 Rotation = tuple[Array, Array]  # cosines and sines [L, head_dim / 2] of the image tokens
@@ -160,7 +161,7 @@ class JointAttention(nn.Module):
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), extra))
         if self.context_pre_only:
             q = q[:, :length]  # nobody reads what the text tokens attend to in the last layer
-        out = layers.merge_heads(layers.attention(q, k, v))
+        out = layers.merge_heads(attention(q, k, v))
         if not self.project_out:
             return out, None
         axes = ("heads", "embed")

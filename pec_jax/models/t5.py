@@ -21,12 +21,12 @@ import numpy as np
 from jax.nn import initializers as init
 
 from pec_jax.models import hf_config
+from pec_jax.models.attention import attention
 from pec_jax.models.layers import (
     Dense,
     Embed,
     RMSNorm,
     activation,
-    attention,
     merge_heads,
     run_name,
     scan_layers,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pec_jax.models import layers
+from pec_jax.models.attention import attention
 
 Array = jax.Array
 EPSILON = 1e-6
@@ -149,7 +150,7 @@ class SpatialAttention(nn.Module):
             )
             for name, axes in zip(("to_q", "to_k", "to_v"), [("embed", "heads")] * 3)
         )
-        h = layers.merge_heads(layers.attention(q, k, v))
+        h = layers.merge_heads(attention(q, k, v))
         h = layers.Dense(
             channels, dtype=self.dtype, kernel_axes=("heads", "embed"), name="to_out.0"
         )(h)

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax.nn import initializers as init
 
 from pec_jax.models import hf_config
+from pec_jax.models.attention import attention
 from pec_jax.models.layers import (
     Conv,
     Dense,
     LayerNorm,
     activation,
-    attention,
     merge_heads,
     run_name,
     scan_layers,

@@ -27,57 +27,6 @@ def nhwc(x: torch.Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).numpy()
 
 
-class TestAttention:
-    def test_equals_torch(self):
-        q, k, v = normal(1, 2, 5, 3, 8), normal(2, 2, 7, 3, 8), normal(3, 2, 7, 3, 8)
-        theirs = torch.nn.functional.scaled_dot_product_attention(
-            *(torch.from_numpy(a).transpose(1, 2) for a in (q, k, v))
-        ).transpose(1, 2)
-        np.testing.assert_allclose(layers.attention(q, k, v), theirs, atol=1e-6)
-
-    def test_bias_and_scale_equal_jax(self):
-        q, k, v = (normal(i, 2, 6, 3, 8) for i in range(3))
-        causal = jnp.where(jnp.tril(jnp.ones((6, 6), bool)), 0.0, -jnp.inf)[None, None]
-        bias = causal + normal(4, 1, 3, 6, 6)
-        ours = layers.attention(q, k, v, bias=bias, scale=0.3)
-        theirs = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=0.3)
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
-
-    def test_gradient_equals_that_of_a_plain_softmax(self):
-        q, k, v = (normal(i, 1, 4, 2, 4) for i in range(3))
-
-        def plain(q, k, v):
-            weights = jax.nn.softmax(jnp.einsum("nqhd,nkhd->nhqk", q, k) / 2.0, axis=-1)
-            return jnp.einsum("nhqk,nkhd->nqhd", weights, v)
-
-        def loss(f):
-            return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(q, k, v)
-
-        for ours, theirs in zip(loss(layers.attention), loss(plain)):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-    def test_masked_keys_have_no_influence_and_no_gradient(self):
-        q, k, v = (normal(i, 1, 4, 2, 4) for i in range(3))
-        bias = jnp.array([0.0, 0.0, -jnp.inf, -jnp.inf])
-        grads = jax.grad(lambda k, v: layers.attention(q, k, v, bias=bias).sum(), (0, 1))(k, v)
-        for g in grads:
-            assert np.isfinite(g).all()
-            assert (np.asarray(g)[:, 2:] == 0).all()
-            assert np.abs(np.asarray(g)[:, :2]).max() > 0
-
-    def test_large_logits_stay_finite(self):
-        q = 1e3 * normal(0, 1, 3, 1, 4)
-        assert np.isfinite(layers.attention(q, q, q)).all()
-
-    def test_bf16_keeps_its_dtype(self):
-        q, k, v = (normal(i, 2, 6, 3, 8) for i in range(3))
-        low = layers.attention(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)))
-        assert low.dtype == jnp.bfloat16
-        np.testing.assert_allclose(
-            low.astype(jnp.float32), layers.attention(q, k, v), atol=0.05, rtol=0.05
-        )
-
-
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [

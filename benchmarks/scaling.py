@@ -1,0 +1,148 @@
+"""What a train step costs pods that are not there: `python benchmarks/scaling.py --results=DIR`.
+
+Compiles Stable Diffusion 3.5 Medium (LoRA and all weights) and FLUX.1-dev (LoRA) with PEC for TPU
+slices of several sizes, at the same work a chip, and writes the table of docs/scaling.md. One
+process a row; finished rows lie in --results and are passed over, so that the command can be killed
+and given again. Minutes a row on two cores. Needs `pip install -e '.[tpu]'`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "scaling.md"
+MARKS = ("<!-- table, made by benchmarks/scaling.py -->\n", "<!-- end -->")
+GROUPS_PER_CHIP = 3  # Flow-GRPO's 48 groups on 16 chips
+
+TOPOLOGIES = {  # chips -> grid
+    "v5e": {16: "4x4", 64: "8x8", 256: "16x16"},
+    "v6e": {16: "4x4", 64: "8x8"},
+    "v5p": {16: "2x2x4", 64: "4x4x4", 512: "8x8x8"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compilation."""
+
+    model: str
+    config: str
+    trainable: str  # lora | full
+    chip: str
+    chips: int
+
+    @property
+    def name(self) -> str:
+        """Names the row's file."""
+        return f"{self.config}_{self.trainable}_{self.chip}-{self.chips}"
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of `python -m pec_jax.aot`."""
+        return [
+            f"--config=configs/{self.config}.py",
+            f"--topology={self.chip}:{TOPOLOGIES[self.chip][self.chips]}",
+            f"--config.batch.groups={GROUPS_PER_CHIP * self.chips}",
+            f"--config.trainable.mode={self.trainable}",
+        ]
+
+
+def rows() -> list[Row]:
+    """All of the table, the smallest pods first."""
+    sd3 = [
+        Row("SD3.5-M", "sd3_pec", trainable, chip, chips)
+        for trainable in ("lora", "full")
+        for chip, grids in TOPOLOGIES.items()
+        for chips in grids
+    ]
+    flux = [
+        Row("FLUX.1-dev", "flux_pec", "lora", chip, chips)
+        for chip in ("v5p", "v6e")
+        for chips in TOPOLOGIES[chip]
+    ]
+    return sorted((*sd3, *flux), key=lambda row: row.chips)
+
+
+def compiled(row: Row, results: Path) -> dict:
+    """What `aot` says of a row, or said before."""
+    path = results / f"{row.name}.json"
+    if not path.exists():
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pec_jax.aot", *row.command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=(results / f"{row.name}.log").open("w"),
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(f"Error: {row.name} failed; see {results / row.name}.log")
+        path.write_bytes(done.stdout)
+        print(f"{row.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cells(row: Row, found: dict) -> list[str]:
+    """One line of the table."""
+    start = [row.model, row.trainable, f"{row.chip}-{row.chips}"]
+    if "bytes_per_chip" not in found:
+        return [*start, "", "", f"no, of {found['hbm_bytes'] / 1e9:.1f}", *[""] * 6]
+    memory, bound = found["bytes_per_chip"], found["roofline"]
+    moved = sum(kind["bytes"] for kind in found["collectives"].values())
+    return [
+        *start,
+        f"{(memory['arguments'] + memory['unread']) / 1e9:.2f}",
+        f"{memory['temporaries'] / 1e9:.2f}",
+        f"{memory['peak'] / 1e9:.2f} of {found['hbm_bytes'] / 1e9:.1f}",
+        f"{found['flops']['analytic'] / 1e15:.2f}",
+        f"{moved / 1e9:.0f}",
+        f"{bound['seconds']:.0f}",
+        f"{100 * bound['mfu']:.0f}%",
+        bound["bound_by"],
+        f"{found['compile_seconds']:.0f}",
+    ]
+
+
+HEADER = (
+    "model", "trains", "chips", "resident GB", "temporary GB", "peak GB", "PFLOP", "collectives GB",
+    "bound s", "MFU there", "bound by", "compiled in s",
+)  # fmt: skip
+
+
+def write_table(lines: list[list[str]]) -> None:
+    """Puts the table between its marks in the page."""
+    table = [" | ".join(HEADER), "|".join(["---"] * 3 + ["---:"] * 7 + ["---", "---:"])]
+    table += [" | ".join(line) for line in lines]
+    body = "".join(f"| {line} |\n" if "---" not in line else f"|{line}|\n" for line in table)
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1], 1)[1]
+    PAGE.write_text(before + MARKS[0] + body + MARKS[1] + after, encoding="utf-8")
+
+
+def main(argv: list[str]) -> None:
+    """Compiles what is missing, then writes the table."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    results = Path(_RESULTS.value).absolute()
+    results.mkdir(parents=True, exist_ok=True)
+    wanted = [row for row in rows() if all(part in row.name for part in _ONLY.value)]
+    for row in wanted:
+        compiled(row, results)
+    done = [row for row in rows() if (results / f"{row.name}.json").exists()]
+    done.sort(key=lambda row: (row.model != "SD3.5-M", row.trainable == "full", row.chip))
+    write_table([cells(row, compiled(row, results)) for row in done])
+
+
+if __name__ == "__main__":
+    _RESULTS = flags.DEFINE_string("results", "runs/scaling", "Where finished rows lie.")
+    _ONLY = flags.DEFINE_list("only", [], "Parts of names, such as sd3,lora,v5e-16.")
+    app.run(main)

@@ -1,0 +1,125 @@
+"""Softmax attention: written out, or by a fused kernel where one is known to be better.
+
+At 1024 px the logits of one image in one layer of Stable Diffusion 3.5 would be 24 x 4301 x 4301
+numbers. A fused kernel never has them in memory: on TPU Pallas' splash attention, on GPU cuDNN's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from pec_jax.sharding import on_shards
+
+Array = jax.Array
+
+FUSED_FROM = 512  # keys: below, the logits are small and a kernel's padding is not
+FUSED_HEAD_DIM = 128  # the largest that cuDNN's takes
+SPLASH_BLOCKS = (640, 512, 384, 256)  # queries and keys that are worked on at once
+
+
+def attention(
+    q: Array, k: Array, v: Array, *, bias: Array | None = None, scale: float | None = None
+) -> Array:
+    """Softmax attention, softmax(scale * q k^T + bias) v.
+
+    In bfloat16, without a bias and from FUSED_FROM keys on, the platform that the program is
+    compiled for decides which kernel computes it; else it is written out.
+
+    Args:
+        q: queries [N, Lq, H, D].
+        k: keys [N, Lk, H, D].
+        v: values [N, Lk, H, D].
+        bias: added to the scaled logits, broadcastable to [N, H, Lq, Lk]; -inf masks a key out
+            (at least one key a query must stay).
+        scale: factor of the logits, 1/sqrt(D) by default.
+
+    Returns:
+        [N, Lq, H, D] in q's dtype; logits and softmax are fp32.
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    plain = functools.partial(written_out, bias=bias, scale=scale)
+    long = k.shape[1] >= FUSED_FROM and q.shape[-1] <= FUSED_HEAD_DIM
+    if bias is not None or q.dtype != jnp.bfloat16 or not long:
+        return plain(q, k, v)
+    fused = {"tpu": functools.partial(on_tpu, scale=scale)}
+    if jax.default_backend() == "gpu":  # cuDNN's looks for its library when it is traced
+        fused["cuda"] = functools.partial(
+            jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
+        )
+    return jax.lax.platform_dependent(q, k, v, default=plain, **fused)
+
+
+def written_out(q: Array, k: Array, v: Array, *, bias: Array | None, scale: float) -> Array:
+    """`attention` by two matrix products.
+
+    The division by the softmax's sum comes after the product with v: that touches Lq*D numbers a
+    head instead of Lq*Lk. At 44 tokens in 4 heads of 24, batch 96, on two CPU cores this takes
+    1.4 ms where `jax.nn.dot_product_attention` takes 2.3 ms.
+    """
+    logits = jnp.einsum("nqhd,nkhd->nhqk", q * scale, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    # The maximum cancels in the quotient, so its gradient is zero and need not be computed.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1)  # [N, H, Lq]
+    out = jnp.einsum("nhqk,nkhd->nqhd", weights.astype(v.dtype), v)
+    return (out / total.swapaxes(1, 2)[..., None]).astype(q.dtype)
+
+
+def on_tpu(q: Array, k: Array, v: Array, *, scale: float, interpret: bool = False) -> Array:
+    """`attention` by Pallas' splash attention, on each chip for its own images and heads.
+
+    Args:
+        q: queries [N, Lq, H, D].
+        k: keys [N, Lk, H, D].
+        v: values [N, Lk, H, D].
+        scale: factor of the logits.
+        interpret: computes the kernel step by step on any platform, for tests.
+    """
+    length, num_keys = q.shape[1], k.shape[1]
+    block_q, block_k = _block(length), _block(num_keys)
+    q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
+    # Padded keys are a segment of their own, to which no query belongs.
+    segments = splash.SegmentIds(
+        q=np.zeros(q.shape[1], np.int32),
+        kv=(np.arange(k.shape[1]) >= num_keys).astype(np.int32),
+    )
+
+    def images(q, k, v):  # [n, L, h, D]: those of this chip
+        kernel = splash.make_splash_mha_single_device(
+            splash_mask.MultiHeadMask(
+                [splash_mask.FullMask((q.shape[1], k.shape[1]))] * q.shape[2]
+            ),
+            block_sizes=splash.BlockSizes(
+                block_q=block_q,
+                block_kv=block_k,
+                block_q_dkv=block_q,
+                block_kv_dkv=block_k,
+                block_q_dq=block_q,
+                block_kv_dq=block_k,
+            ),
+            interpret=interpret,
+        )
+        heads_first = (a.swapaxes(1, 2) for a in (q, k, v))
+        return jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(*heads_first).swapaxes(1, 2)
+
+    return on_shards(images, ("batch", None, "heads", None), q, k, v)[:, :length]
+
+
+def _block(length: int) -> int:
+    """The block that wastes least of a length; of equals the largest."""
+    return min(SPLASH_BLOCKS, key=lambda block: (-length % block, -block))
+
+
+def _padded(x: Array, block: int) -> Array:
+    """[N, L, H, D] with L filled up with zeros to a multiple of `block`."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
