@@ -23,7 +23,9 @@ all the same, to log it. "METHOD, unmeasured" has no perceptual encoder and no e
 METHOD=none that is plain Flow-GRPO's iteration, the fair denominator of what a constraint costs.
 
 --torch: the same iteration with diffusers' and transformers' networks and the same weights, see
-torch_reference.py; on one device.
+torch_reference.py; on one device. On a CPU time it on an idle machine only: where another process
+holds a core, torch's threads wait for one another, and one thread can be many times faster than
+two; --torch_threads=1 --torch_threads=2 times both.
 
 --random fills the shapes of the config's models with random numbers, those of published models too
 (`pec_jax.weights.published`), and reads no weights. At SD3.5-M's size on one GPU let the groups be
@@ -33,6 +35,7 @@ few, as above: the iteration of the paper is 0.24 EFLOP.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -60,6 +63,9 @@ _PHASES = flags.DEFINE_bool("phases", True, "Time the phases too, not only whole
 _AGAINST = flags.DEFINE_string("against", "", "Another constraint, such as none.")
 _ESTIMATORS = flags.DEFINE_list("estimators", [], "Time the config with each of these.")
 _TORCH = flags.DEFINE_list("torch", [], "Time torch too: eager, compiled, or both.")
+_THREADS = flags.DEFINE_multi_integer(
+    "torch_threads", None, "CPU threads of torch; given several times, each is timed; default all."
+)
 _RANDOM = flags.DEFINE_bool("random", False, "Random weights of the shapes of the models.")
 _PEAK = flags.DEFINE_float("peak_tflops", None, "Peak of one device, TFLOP/s.", lower_bound=0.0)
 _JSON = flags.DEFINE_string("json", "", "Write the JSON object to this file instead.")
@@ -125,20 +131,28 @@ def add_torch(contest: Contest, setup: setups.Setup) -> list[str]:
     from benchmarks import torch_models, torch_reference
 
     torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # Each contestant is one more version of the same code, and must not be left to run eagerly.
+    torch._dynamo.config.recompile_limit = 64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models, names = torch_models.load(setup, device), []
-    for kind in _TORCH.value:
+    cores = len(os.sched_getaffinity(0))
+    for kind, threads in itertools.product(_TORCH.value, _THREADS.value or [cores]):
         step = torch_reference.TorchStep(setup, models, compiled=kind == "compiled")
-        start, name = time.perf_counter(), f"torch, {kind}"
+
+        def run(step=step, threads=threads):
+            torch.set_num_threads(threads)
+            return step.iteration()
+
+        start = time.perf_counter()
+        name = f"torch, {kind}" + (f", {threads} threads" if _THREADS.value else "")
         try:
-            step.iteration()
+            run()
         except RuntimeError as error:  # what torch.compile raises derives from it
             if kind != "compiled":
                 raise
             print(f"torch.compile does not work here, {kind} is left out: {_first_line(error)}")
             continue
-        contest.run[name] = step.iteration
+        contest.run[name] = run
         contest.facts[name] = {"compile_s": time.perf_counter() - start}
         names.append(name)
     return names
@@ -190,7 +204,7 @@ def measure(setup: setups.Setup) -> dict[str, Any]:
             row["images_per_s"] = images / row["median_s"]
         if "flops" in row:
             row["mfu"] = row["flops"] / row["median_s"] / peak["flops"]
-        if name in parts:
+        if parts[name]:
             row["phases"] = {
                 phase: float(np.median([p[phase] for p in parts[name]])) for phase in parts[name][0]
             }
