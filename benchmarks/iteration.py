@@ -16,6 +16,7 @@ MFU: FLOPs counted from the program (matrix products and convolutions; an encode
 and perception once, as the compiler has it) over seconds, devices and the peak of one: that of
 --peak_tflops, of a TPU's data sheet, or else of the fastest of the runs of a large matrix product
 that are timed in turns with the rest (fp32 on a CPU, where it is that of all cores; else bf16).
+Of a CPU that was split into several devices, MFU is a rough number.
 
 --against=METHOD times the same config under another constraint, twice where that constraint does
 not look at the surprisal. "METHOD" is what a run with it does: it measures the perceptual entropy
@@ -144,7 +145,7 @@ def add_torch(contest: Contest, setup: setups.Setup) -> list[str]:
             return step.iteration()
 
         start = time.perf_counter()
-        name = f"torch, {kind}" + (f", {threads} threads" if _THREADS.value else "")
+        name = f"torch, {kind}" + (f", threads: {threads}" if _THREADS.value else "")
         try:
             run()
         except RuntimeError as error:  # what torch.compile raises derives from it

@@ -13,6 +13,7 @@ import torch
 from benchmarks import setups, torch_functions, torch_models, torch_reference
 from pec_jax import train_step as steps
 from pec_jax.config import ConfigError, from_config_dict
+from pec_jax.cost import flops
 from pec_jax.flow import sampler
 from pec_jax.program import initial_state
 from pec_jax.update import update
@@ -148,3 +149,28 @@ def test_a_step_without_perception_computes_no_features(setup):
     features = {name: np.zeros((2, 4, 3), np.float32) for name in plain.program.spaces}
     assert plain.program.surprisal(features).shape == (2, 4)
     assert plain.program.features["dino"](None, np.ones((5, 8, 8, 3))).shape == (5, 3)
+
+
+def test_an_encoder_that_is_reward_and_perception_counts_once(setup):
+    config = setup.config
+    perception = dataclasses.replace(config.perception, encoder="pickscore")
+    program = dataclasses.replace(
+        setup.program,
+        config=dataclasses.replace(config, perception=perception),
+        spaces={"pickscore": 1.0},
+    )
+    shared = setups.with_method(dataclasses.replace(setup, program=program), estimator="knn")
+    plain = setups.without_perception(setups.with_method(setup, constraint="none"))
+    trajectory = jax.eval_shape(
+        functools.partial(steps.rollout, plain.program),
+        setup.params,
+        setup.frozen,
+        setup.batch,
+        setup.key,
+    )
+
+    def count(found):
+        score = functools.partial(steps.score, setups.as_compiled(found.program))
+        return flops.count(score, setup.frozen, setup.batch, trajectory)
+
+    assert count(shared) == count(plain) < count(setup)
