@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from pec_jax import assemble, sharding
 from pec_jax import program as program_lib
@@ -80,13 +81,7 @@ def compile_step(config: Config, devices: list[Any]) -> tuple[Any, Program, Argu
       ConfigError: the config does not fit the devices, or names a model that is neither on the
         disk nor published.
     """
-    assemble.check_names(config)
-    mesh = sharding.make_mesh(config, devices)
-    place = sharding.placement(mesh, config)
-    with tempfile.TemporaryDirectory() as scratch:
-        pipeline, encoders, text = _architecture(config, place, Path(scratch))
-    program = assemble.make_program(config, pipeline, encoders)
-    arguments, shardings = _arguments(config, program, pipeline, encoders, text, place)
+    mesh, program, arguments, shardings = abstract_step(config, devices)
     step = jax.jit(
         functools.partial(train_step, program),
         donate_argnums=0,
@@ -99,25 +94,51 @@ def compile_step(config: Config, devices: list[Any]) -> tuple[Any, Program, Argu
     return compiled, program, arguments, time.perf_counter() - start
 
 
+def abstract_step(
+    config: Config, devices: list[Any]
+) -> tuple[Mesh, Program, Arguments, TrainState]:
+    """The mesh, the program, its arguments as shapes, and where its state lies; nothing is read.
+
+    Raises:
+      ConfigError: as `compile_step`.
+    """
+    assemble.check_names(config)
+    mesh = sharding.make_mesh(config, devices)
+    place = sharding.placement(mesh, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        pipeline, encoders, text = _architecture(config, place, Path(scratch))
+    program = assemble.make_program(config, pipeline, encoders)
+    return mesh, program, *_arguments(config, program, pipeline, encoders, text, place)
+
+
 def _architecture(
     config: Config, place: sharding.Placement, scratch: Path
 ) -> tuple[Pipeline, dict[str, Encoder], int]:
     """Networks and the shapes of their variables, and the number of text tokens."""
-    root = _config_files(config.model.path, scratch / "pipeline", pipeline=True)
+    root = config_files(config.model.path, scratch / "pipeline", pipeline=True)
     pipeline = assemble.load_model(config, root, place, weights=False)
     encoders = {}
     for name, path in config.encoders.items():
         directory = root / "encoders" / name
         if path:
-            directory = _config_files(path, scratch / "encoders" / name, pipeline=False)
+            directory = config_files(path, scratch / "encoders" / name, pipeline=False)
         dtype = jnp.dtype(config.model.encoder_dtype)
         encoder = load_encoder(directory, dtype, sharding=place, weights=False)
         encoders[name] = encoder
     return pipeline, encoders, _text_length(config, pipeline, root)
 
 
-def _config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
-    """The directory of a model's config files: the model's own, or those that are published."""
+def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
+    """The directory of a model's config files: the model's own, or those that are published.
+
+    Args:
+      name: as in a config.
+      scratch: where published files are written.
+      pipeline: whether it is a pipeline, or else an encoder.
+
+    Raises:
+      ConfigError: neither a directory nor published.
+    """
     if name == "shapes" or Path(name).expanduser().exists():
         return pipeline_directory(name) if pipeline else model_directory(name)
     entry = published.find(name)

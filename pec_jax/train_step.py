@@ -87,7 +87,7 @@ def rollout(
             swap_images_and_steps(trajectory),
         )
 
-    drawn = _map_images(draw, (x_1, keys), program.config.batch.rollout_images)
+    drawn = map_images(draw, (x_1, keys), program.config.batch.rollout_images)
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), drawn)
     return swap_images_and_steps(flat)
 
@@ -105,16 +105,16 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
     reward_params = frozen.reward_params(program.reward_encoder)
 
     def score_images(x_0):  # [P, k, h, w, C]
-        images = _decode(program, frozen, x_0)
+        images = decode(program, frozen, x_0)
         total, parts = program.reward.score(reward_params, images, batch.reward_inputs)
         return {
             "total": total,
             "parts": parts,
-            "features": _features(program, frozen, images),
+            "features": image_features(program, frozen, images),
             "levels": jnp.round(images * 255).astype(jnp.uint8),
         }
 
-    scored = _map_images(score_images, x_0, config.batch.decode_images)
+    scored = map_images(score_images, x_0, config.batch.decode_images)
     surprisal = program.surprisal(scored["features"])
     rewards = scored["total"]
     metrics = {
@@ -132,18 +132,18 @@ def score(program: Program, frozen: Frozen, batch: Batch, trajectory: Trajectory
         "diversity/variance_pixel": _pixel_variance(scored["levels"]),
     }
     if config.perception.at == "steps":
-        surprisal = _step_surprisal(program, frozen, trajectory, num_groups)
+        surprisal = step_surprisal(program, frozen, trajectory, num_groups)
         metrics["entropy/perceptual_steps"] = jnp.mean(surprisal)
     return Rollout(trajectory=trajectory, rewards=rewards, surprisal=surprisal, metrics=metrics)
 
 
-def _decode(program: Program, frozen: Frozen, latents: Array) -> Array:
+def decode(program: Program, frozen: Frozen, latents: Array) -> Array:
     """Latents [g, K, h, w, C] -> images [g, K, H, W, 3] in [0, 1]."""
     images = program.decode(frozen.vae, over_batch(latents.reshape(-1, *program.latent_shape)))
     return images.reshape(*latents.shape[:2], *images.shape[1:])
 
 
-def _features(program: Program, frozen: Frozen, images: Array) -> dict[str, Array]:
+def image_features(program: Program, frozen: Frozen, images: Array) -> dict[str, Array]:
     """Images [g, K, H, W, 3] -> raw features {encoder: [g, K, d]}."""
     # Written as the rewards write it, so that an encoder that is also a reward runs once.
     flat = as_8bit(images).reshape(-1, *images.shape[2:])
@@ -153,7 +153,7 @@ def _features(program: Program, frozen: Frozen, images: Array) -> dict[str, Arra
     }
 
 
-def _step_surprisal(
+def step_surprisal(
     program: Program, frozen: Frozen, trajectory: Trajectory, num_groups: int
 ) -> Array:
     """Surprisals [S, P, K] of what each trained step predicts the image to be."""
@@ -161,8 +161,8 @@ def _step_surprisal(
     predictions = trajectory.x_0_hat[program.trained_steps]  # [S, P * K, h, w, C]
 
     def one_step(x_0_hat):
-        features = _map_images(
-            lambda part: _features(program, frozen, _decode(program, frozen, part)),
+        features = map_images(
+            lambda part: image_features(program, frozen, decode(program, frozen, part)),
             x_0_hat.reshape(num_groups, -1, *program.latent_shape),
             program.config.batch.decode_images,
         )
@@ -191,7 +191,7 @@ def _pixel_variance(levels: Array) -> Array:
     return jnp.mean(jnp.sum(variance, axis=(1, 2, 3))) / 255**2
 
 
-def _map_images(function: Callable, tree: PyTree, images: int) -> PyTree:
+def map_images(function: Callable, tree: PyTree, images: int) -> PyTree:
     """`function` over arrays [P, K, ...], `images` of every group at a time, to bound memory.
 
     Args:
