@@ -57,6 +57,11 @@ def train(
       ConfigError, RunError, ValueError, OSError: sentences for a person.
     """
     config = config_lib.from_config_dict(config_dict)
+    if "://" in str(workdir):
+        raise RunError(
+            f"--workdir={workdir} is no directory of this machine: mount the bucket (with gcsfuse, "
+            "as launch/tpu_vm.sh does) and give where it is mounted."
+        )
     mesh = sharding.make_mesh(config)
     directory = Path(workdir).expanduser()
     if hosts.is_first():

@@ -30,6 +30,12 @@ def test_the_step_compiles_from_shapes_and_says_what_it_costs(small_config, worl
     assert found["roofline"]["seconds"] > 0
 
 
+def test_chips_that_the_groups_leave_out_are_an_answer(small_config):
+    small_config.mesh.update({"data": 1, "fsdp": 1})
+    with pytest.raises(ConfigError, match="1 of 2 chips.*config.batch.groups"):
+        ahead.compile_step(from_config_dict(small_config), [*jax.devices()[:1]] * 2)
+
+
 def test_an_unknown_model_is_answered_with_the_known_ones(small_config):
     small_config.model.path = "models/nothing"
     with pytest.raises(ConfigError, match=r"models/nothing: neither .* sd3.5-medium"):
