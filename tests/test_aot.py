@@ -32,7 +32,7 @@ def test_the_step_compiles_from_shapes_and_says_what_it_costs(small_config, worl
 
 def test_chips_that_the_groups_leave_out_are_an_answer(small_config):
     small_config.mesh.update({"data": 1, "fsdp": 1})
-    with pytest.raises(ConfigError, match="1 of 2 chips.*config.batch.groups"):
+    with pytest.raises(ConfigError, match=r"1 of 2 chips.*config.batch.groups"):
         ahead.compile_step(from_config_dict(small_config), [*jax.devices()[:1]] * 2)
 
 
