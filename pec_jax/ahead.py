@@ -84,8 +84,8 @@ def compile_step(config: Config, devices: list[Any]) -> tuple[Any, Program, Argu
     mesh, program, arguments, shardings = abstract_step(config, devices)
     if mesh.size != len(devices):
         raise ConfigError(
-            f"config.mesh is {dict(mesh.shape)}, {mesh.size} of {len(devices)} chips: choose another "
-            "config.mesh, or a config.batch.groups that divides over all of them."
+            f"config.mesh is {dict(mesh.shape)}, {mesh.size} of {len(devices)} chips: choose "
+            "another config.mesh, or a config.batch.groups that divides over all of them."
         )
     step = jax.jit(
         functools.partial(train_step, program),
