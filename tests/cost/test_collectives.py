@@ -41,6 +41,45 @@ def test_kinds_bytes_and_loops():
     assert found["all-reduce"] == (1, 4 * 4)
 
 
+# As TPU programs have it: the loop's length stands in its condition, an asynchronous collective is
+# spread over fusions that share its channel, and a kernel's text goes over several lines.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%begin (p: bf16[2,16]) -> bf16[8,16] {
+  %p = bf16[2,16]{1,0} parameter(0)
+  %gather.1 = bf16[8,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%end (p: bf16[2,16]) -> bf16[8,16] {
+  %p = bf16[2,16]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[8,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%body (p: (s32[], bf16[2,16])) -> (s32[], bf16[2,16]) {
+  %p = (s32[]{:T(128)}, bf16[2,16]{1,0}) parameter(0)
+  %kernel = bf16[2,16]{1,0} custom-call(%p), backend_config="module {
+} more"
+  %start = bf16[8,16]{1,0} fusion(%kernel), kind=kCustom, calls=%begin
+  %done = bf16[8,16]{1,0} fusion(%start), kind=kCustom, calls=%end
+}
+
+%condition (p: (s32[], bf16[2,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(13)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %c = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[2,16]) -> (s32[], bf16[2,16]) {
+  %a = bf16[2,16]{1,0} parameter(0)
+  ROOT %loop = (s32[], bf16[2,16]) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_loops_and_asynchronous_collectives_of_tpu_programs():
+    assert collectives(TPU) == {"all-gather": (13, 13 * 8 * 16 * 2)}
+
+
 def test_no_collectives():
     lonely = "ENTRY %main (a: f32[4]) -> f32[4] {\n  ROOT %a = f32[4] parameter(0)\n}"
     assert collectives(lonely) == {}
