@@ -61,8 +61,10 @@ def one_iteration(shape: tuple[int, int, int]) -> dict:
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
     before = jax.tree.leaves(state.params)[0]
+    on_one_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     with sharding.active(mesh, config):
-        state, metrics = step(state, frozen, batch, key)
+        compiled = step.lower(state, frozen, batch, key).compile()
+        state, metrics = compiled(state, frozen, batch, key)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     kernel = frozen.transformer["params"]["transformer_blocks.0:2"]["attn"]["to_q"]["kernel"]
     return {
@@ -77,6 +79,17 @@ def one_iteration(shape: tuple[int, int, int]) -> dict:
         ),
         "groups": batch.prompt_ids.addressable_shards[0].data.shape[0],
         "donated": before.is_deleted(),
+        # Every byte of the state, but for scalars that XLA may copy, becomes one of the next state.
+        "reused": compiled.memory_analysis().alias_size_in_bytes / on_one_device,
+        "flops": compiled.cost_analysis()["flops"],  # of one device
+        "as_asked": jax.tree.all(
+            jax.tree.map(
+                lambda found, asked, leaf: found.is_equivalent_to(asked, leaf.ndim),
+                compiled.output_shardings[0],
+                shardings,
+                state,
+            )
+        ),
     }
 
 

@@ -18,7 +18,9 @@ from pec_jax.config import ConfigError, MeshConfig, from_config_dict
 
 RULES = [("batch", ("data", "fsdp")), ("embed", ("fsdp",)), ("mlp", ("tensor",))]
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
-SHAPES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+POWERS = (8, 4, 2, 1)
+SHAPES = [(1, 1, 1)]  # and every shape of 8 devices
+SHAPES += [(d, f, 8 // (d * f)) for d in POWERS for f in POWERS if d * f <= 8]
 RANK = 4  # of the LoRA in mesh_program.py
 
 
@@ -115,4 +117,18 @@ def test_what_lies_where(iterations, shape):
     assert found["kernel_bytes"] == pytest.approx(1 / (fsdp * tensor))
     if RANK % fsdp == 0:  # else it cannot be split
         assert found["state_bytes"] <= 1 / fsdp
-    assert found["donated"]
+    assert found["as_asked"]
+    assert found["donated"] and found["reused"] > 0.99
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_the_devices_share_the_work(iterations, shape):
+    """Activations are split as annotated: no device computes much more than its share.
+
+    What `tensor` does not split (the VAE, norms, four heads over eight devices) each device of that
+    axis computes again.
+    """
+    data, fsdp, tensor = shape
+    share = iterations[shape]["flops"] / iterations[SHAPES[0]]["flops"]
+    print(shape, share)
+    assert 0.9 <= share * 8 <= (1.1 if tensor == 1 else 1.1 * tensor)
