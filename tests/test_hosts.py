@@ -56,7 +56,14 @@ def start(workdir: Path, count: int, **changes) -> list[subprocess.Popen]:
         "--allow_config_change",
         *(f"--config.{name}={value}" for name, value in fields.items()),
     ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        # Runs on as many processes share what they compile.
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parents[1] / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     processes = []
     for i in range(count):
         joined = [
