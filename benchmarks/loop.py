@@ -82,6 +82,8 @@ def main(argv: list[str]) -> None:
     config_dict = _CONFIG.value
     config_dict.num_iterations = _ITERATIONS.value
     config_dict.schedule.update(SCHEDULE)
+    # Small evaluations: what they compute is the device's work, and not asked here.
+    config_dict.eval.update({"num_prompts": config_dict.eval.groups, "entropy_probes": 0})
     with exit_with_sentence():
         found = measured(config_dict, setups.loaded(from_config_dict(config_dict)))
     bare = np.median(found[BARE])

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.scipy.special import digamma, gammaln
 
 Array = jax.Array
@@ -210,13 +209,8 @@ def _from_gram(centred: Array, ridge: Array, total_variance: Array) -> tuple[Arr
     gram = jnp.einsum("...id,...jd->...ij", centred, centred, precision=_EXACT) / num_images
     tau = jax.lax.stop_gradient(total_variance)
     lifted = gram + tau[..., None, None] / num_images + _diagonal(ridge, num_images)
-    cholesky = jnp.linalg.cholesky(lifted)
-    log_det = (
-        _cholesky_log_det(cholesky) - jnp.log1p(tau / ridge) + (dim - num_images) * jnp.log(ridge)
-    )
-    half_inverse = solve_triangular(
-        cholesky, jnp.broadcast_to(jnp.eye(num_images), gram.shape), lower=True
-    )
+    log_det, half_inverse = _half_solve(lifted, jnp.broadcast_to(jnp.eye(num_images), gram.shape))
+    log_det += (dim - num_images) * jnp.log(ridge) - jnp.log1p(tau / ridge)
     inverse_diagonal = jnp.sum(jnp.square(half_inverse), axis=-2)
     rest = inverse_diagonal - 1.0 / (num_images * (ridge + tau))[..., None]
     scale = ridge * num_images / (num_images - 1)
@@ -228,16 +222,36 @@ def _from_covariance(centred: Array, ridge: Array, total_variance: Array) -> tup
     del total_variance
     num_images, dim = centred.shape[-2:]
     covariance = jnp.einsum("...ki,...kj->...ij", centred, centred, precision=_EXACT) / num_images
-    cholesky = jnp.linalg.cholesky(covariance + _diagonal(ridge, dim))
-    solved = cho_solve((cholesky, True), jnp.swapaxes(centred, -1, -2))  # [..., d, K]
-    leverage = jnp.einsum("...kd,...dk->...k", centred, solved, precision=_EXACT) / num_images
+    log_det, half_solved = _half_solve(
+        covariance + _diagonal(ridge, dim), jnp.swapaxes(centred, -1, -2)
+    )
+    leverage = jnp.sum(jnp.square(half_solved), axis=-2) / num_images
     # Positive in exact arithmetic; a lone outlier far away brings it below rounding.
     rest = jnp.maximum(1.0 - num_images / (num_images - 1) * leverage, 1e-6)
-    return _cholesky_log_det(cholesky), jnp.log(rest)
+    return log_det, jnp.log(rest)
 
 
-def _cholesky_log_det(cholesky: Array) -> Array:
-    return 2.0 * jnp.sum(jnp.log(jnp.diagonal(cholesky, axis1=-2, axis2=-1)), axis=-1)
+def _half_solve(matrix: Array, right: Array) -> tuple[Array, Array]:
+    """log det A [...] and L^-1 B [..., n, m] of A = L L^T [..., n, n] positive definite.
+
+    Eliminates column by column. Not by LAPACK: since jaxlib 0.10 a batched call waits, on a thread
+    of the CPU's pool, for tasks that it gives to the same pool, and as many calls at once as the
+    pool has threads (the entropies of two encoders on two cores) wait for ever.
+    """
+    size = matrix.shape[-1]
+    rows = jnp.arange(size)[:, None]
+
+    def eliminate(j, table):  # [..., n, n + m]: [L^T | L^-1 B] in the rows above j
+        row = jax.lax.dynamic_index_in_dim(table, j, axis=-2)  # [..., 1, n + m]
+        column = jax.lax.dynamic_index_in_dim(table, j, axis=-1)  # [..., n, 1]
+        scale = jax.lax.rsqrt(jax.lax.dynamic_index_in_dim(row, j, axis=-1))
+        row, column = row * scale, column * scale
+        return jnp.where(rows > j, table - column * row, jnp.where(rows == j, row, table))
+
+    table = jnp.concatenate([matrix, right], axis=-1)
+    table = jax.lax.fori_loop(0, size, eliminate, table)
+    pivots = jnp.diagonal(table, axis1=-2, axis2=-1)
+    return 2.0 * jnp.sum(jnp.log(pivots), axis=-1), table[..., size:]
 
 
 def _diagonal(value: Array, size: int) -> Array:
