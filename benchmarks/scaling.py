@@ -36,13 +36,16 @@ class Row:
     model: str
     config: str
     trainable: str  # lora | full
+    fsdp: int  # chips that the parameters are split over; the rest of the chips is `data`
     chip: str
     chips: int
+    remat: str = "full"
+    pixels: int = 512
 
     @property
     def name(self) -> str:
         """Names the row's file."""
-        return f"{self.config}_{self.trainable}_{self.chip}-{self.chips}"
+        return f"{self.config}_{self.trainable}_{self.pixels}px_{self.chip}-{self.chips}"
 
     @property
     def command(self) -> list[str]:
@@ -52,23 +55,30 @@ class Row:
             f"--topology={self.chip}:{TOPOLOGIES[self.chip][self.chips]}",
             f"--config.batch.groups={GROUPS_PER_CHIP * self.chips}",
             f"--config.trainable.mode={self.trainable}",
+            "--config.mesh.data=-1",
+            f"--config.mesh.fsdp={self.fsdp}",
+            f"--config.model.remat={self.remat}",
+            f"--config.model.height={self.pixels}",
+            f"--config.model.width={self.pixels}",
         ]
 
 
 def rows() -> list[Row]:
     """All of the table, the smallest pods first."""
+    remat = {"v5e": "full", "v6e": "dots", "v5p": "dots"}  # what the memory allows
     sd3 = [
-        Row("SD3.5-M", "sd3_pec", trainable, chip, chips)
-        for trainable in ("lora", "full")
+        Row("SD3.5-M", "sd3_pec", trainable, fsdp, chip, chips, remat[chip])
+        for trainable, fsdp in (("lora", 1), ("full", 16))
         for chip, grids in TOPOLOGIES.items()
         for chips in grids
     ]
+    large = Row("SD3.5-M", "sd3_pec", "lora", 1, "v5p", 16, "full", pixels=1024)
     flux = [
-        Row("FLUX.1-dev", "flux_pec", "lora", chip, chips)
+        Row("FLUX.1-dev", "flux_pec", "lora", 4, chip, chips)
         for chip in ("v5p", "v6e")
-        for chips in TOPOLOGIES[chip]
+        for chips in (16, 64)
     ]
-    return sorted((*sd3, *flux), key=lambda row: row.chips)
+    return sorted((*sd3, large, *flux), key=lambda row: row.chips)
 
 
 def compiled(row: Row, results: Path) -> dict:
@@ -92,7 +102,14 @@ def compiled(row: Row, results: Path) -> dict:
 
 def cells(row: Row, found: dict) -> list[str]:
     """One line of the table."""
-    start = [row.model, row.trainable, f"{row.chip}-{row.chips}"]
+    start = [
+        row.model,
+        row.trainable,
+        str(row.pixels),
+        f"{row.chip}-{row.chips}",
+        str(row.fsdp),
+        row.remat,
+    ]
     if "bytes_per_chip" not in found:
         return [*start, "", "", f"no, of {found['hbm_bytes'] / 1e9:.1f}", *[""] * 6]
     memory, bound = found["bytes_per_chip"], found["roofline"]
@@ -112,14 +129,17 @@ def cells(row: Row, found: dict) -> list[str]:
 
 
 HEADER = (
-    "model", "trains", "chips", "resident GB", "temporary GB", "peak GB", "PFLOP", "collectives GB",
-    "bound s", "MFU there", "bound by", "compiled in s",
+    "model", "trains", "px", "chips", "fsdp", "remat", "resident GB", "temporary GB", "peak GB", "PFLOP",
+    "collectives GB", "bound s", "MFU there", "bound by", "compiled in s",
 )  # fmt: skip
 
 
 def write_table(lines: list[list[str]]) -> None:
     """Puts the table between its marks in the page."""
-    table = [" | ".join(HEADER), "|".join(["---"] * 3 + ["---:"] * 7 + ["---", "---:"])]
+    table = [
+        " | ".join(HEADER),
+        "|".join(["---"] * 2 + ["---:", "---", "---:", "---"] + ["---:"] * 7 + ["---", "---:"]),
+    ]
     table += [" | ".join(line) for line in lines]
     body = "".join(f"| {line} |\n" if "---" not in line else f"|{line}|\n" for line in table)
     text = PAGE.read_text(encoding="utf-8")
