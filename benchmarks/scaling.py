@@ -129,8 +129,8 @@ def cells(row: Row, found: dict) -> list[str]:
 
 
 HEADER = (
-    "model", "trains", "px", "chips", "fsdp", "remat", "resident GB", "temporary GB", "peak GB", "PFLOP",
-    "collectives GB", "bound s", "MFU there", "bound by", "compiled in s",
+    "model", "trains", "px", "chips", "fsdp", "remat", "resident GB", "temporary GB", "peak GB",
+    "PFLOP", "collectives GB", "bound s", "MFU there", "bound by", "compiled in s",
 )  # fmt: skip
 
 
