@@ -34,29 +34,31 @@ _ITERATIONS = flags.DEFINE_integer("iterations", 40, "Of either in a turn.", low
 
 SCHEDULE = {"log_every": 1, "checkpoint_every": 5, "sample_every": 10, "eval_every": 20}
 BARE = "bare step"
-ALL, AFTER_NOTHING = "all iterations", "after an iteration that ended in nothing"
+ALL, AFTER_LOG = "all iterations", "after an iteration that only logged"
 AFTER_CHECKPOINT = "after a checkpoint"
 
 
 def measured(config_dict: object, setup: setups.Setup) -> dict[str, list[float]]:
     """Seconds of each iteration, by where it was timed."""
     step = contestants.whole_step(setup).run
-    found: dict[str, list[float]] = {
-        BARE: [], ALL: [], AFTER_NOTHING: [], AFTER_CHECKPOINT: []
-    }  # fmt: skip
+    found: dict[str, list[float]] = {BARE: [], ALL: [], AFTER_LOG: [], AFTER_CHECKPOINT: []}
     for turn in range(_TURNS.value):
         found[BARE] += [_seconds(step) for _ in range(_ITERATIONS.value)]
         with tempfile.TemporaryDirectory() as workdir:
             train.train(config_dict, workdir)
             for number, seconds in _iterations(Path(workdir) / "metrics.jsonl"):
                 found[ALL].append(seconds)
-                before = [name for name, every in SCHEDULE.items() if (number - 1) % every == 0]
-                if before == ["log_every"]:
-                    found[AFTER_NOTHING].append(seconds)
-                elif before == ["log_every", "checkpoint_every"]:
-                    found[AFTER_CHECKPOINT].append(seconds)
+                if kind := kind_of(number):
+                    found[kind].append(seconds)
         print(f"turn {turn + 1} of {_TURNS.value} done", file=sys.stderr, flush=True)
     return found
+
+
+def kind_of(number: int) -> str:
+    """What the host did just before an iteration; "" where the device had other work, too."""
+    before = [name for name, every in SCHEDULE.items() if (number - 1) % every == 0]
+    kinds = {("log_every",): AFTER_LOG, ("log_every", "checkpoint_every"): AFTER_CHECKPOINT}
+    return kinds.get(tuple(before), "")
 
 
 def _seconds(step: timing.Contestant) -> float:
