@@ -139,7 +139,8 @@ def _encoder(directory: Path, variables: PyTree) -> tuple[nn.Module, Preprocesso
         output_loading_info=True,
         **({"add_pooling_layer": False} if kind == "vit" else {}),
     )
-    missing = set(found["missing_keys"]) - {"embeddings.mask_token"}
+    missing = {name for name in found["missing_keys"] if not name.startswith("text_")}  # unused
+    missing -= {"embeddings.mask_token"}
     _complain(network, [*missing, *found["unexpected_keys"]])
     preprocess = Preprocessor.from_dict(read_json(directory / "preprocessor_config.json"), kind)
     return module.requires_grad_(False).eval(), preprocess

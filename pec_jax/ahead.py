@@ -129,7 +129,7 @@ def _architecture(
             directory = config_files(path, scratch / "encoders" / name, pipeline=False)
         dtype = jnp.dtype(config.model.encoder_dtype)
         encoder = load_encoder(directory, dtype, sharding=place, weights=False)
-        encoders[name] = encoder
+        encoders[name] = encoder.without_text()
     return pipeline, encoders, _text_length(config, pipeline, root)
 
 
@@ -271,8 +271,8 @@ def analyse(
     """What a compiled step costs a chip; see `report`."""
     memory = compiled.memory_analysis()
     resident = _bytes_per_chip((arguments.state, arguments.frozen, arguments.batch))
-    # Weights that the step does not read (a text tower, an encoder of the evaluation) are no
-    # arguments of it, but lie there all the same.
+    # Weights that the step does not read (those of an encoder of the evaluation) are no arguments
+    # of it, but lie there all the same.
     unread = max(0, resident - memory.argument_size_in_bytes)
     peak = unread + (
         memory.argument_size_in_bytes

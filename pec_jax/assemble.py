@@ -95,10 +95,15 @@ def make_world(config: Config, place: Placement | None = None) -> World:
         )
         for name, path in config.encoders.items()
     }
+    make_program(config, pipeline, encoders)  # for its errors, before anything is slow
+    tables, negative = _encode(
+        config, root, prompts, pipeline, _make_rewards(config.rewards, encoders)[0]
+    )
+    # Nobody encodes a text any more, and the memory of what does is wanted.
+    pipeline = dataclasses.replace(pipeline, text=None)
+    encoders = {name: encoder.without_text() for name, encoder in encoders.items()}
     program = make_program(config, pipeline, encoders)
     all_rewards, all_reward_encoders = _make_rewards(config.rewards, encoders)
-    tables, negative = _encode(config, root, prompts, pipeline, all_rewards)
-    pipeline = dataclasses.replace(pipeline, text=None)  # its memory is wanted
     frozen = Frozen(
         transformer=pipeline.transformer_variables,
         vae=pipeline.vae_variables,

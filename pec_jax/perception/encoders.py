@@ -27,6 +27,8 @@ __all__ = ["Encoder", "load_encoder", "to_uint8_levels", "unit"]
 Array = jax.Array
 PyTree = Any
 
+_TEXT = ("text_model", "text_projection")  # what only texts go through
+
 
 def unit(features: Array) -> Array:
     """Features over their Euclidean norm, f / ||f||.
@@ -87,6 +89,11 @@ class Encoder:
             list(texts), padding="max_length", max_length=self.text_length, truncation=True
         )
         return np.asarray(encoded["input_ids"], np.int32)
+
+    def without_text(self) -> Encoder:
+        """The encoder without the weights of its text tower, for when all texts are encoded."""
+        kept = {name: tree for name, tree in self.params["params"].items() if name not in _TEXT}
+        return dataclasses.replace(self, params={**self.params, "params": kept})
 
 
 def load_encoder(

@@ -84,6 +84,20 @@ def as_float(images: np.ndarray) -> jnp.ndarray:
     return jnp.asarray(images, jnp.float32) / 255.0
 
 
+def test_without_text_keeps_what_images_go_through(clip_directory):
+    encoder = load_encoder(clip_directory)
+    images = encoder.without_text()
+    assert set(encoder.params["params"]) - set(images.params["params"]) == {
+        "text_model",
+        "text_projection",
+    }
+    pixels = as_float(images_8bit(2, 32, 32, 3))
+    for function in (encoder.image_features, lambda params, _: encoder.logit_scale(params)):
+        np.testing.assert_array_equal(
+            function(images.params, pixels), function(encoder.params, pixels)
+        )
+
+
 def test_clip_features_equal_transformers(clip_directory):
     encoder = load_encoder(clip_directory)
     assert (encoder.name, encoder.dim, encoder.text_length) == ("tiny-clip", 24, 14)
