@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     # Before jax looks for the TPU that is not there, and asks it about itself.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that two could fight over
     from pec_jax import ahead
     from pec_jax.config import from_config_dict
 
