@@ -59,20 +59,21 @@ def attention(
 
 
 def written_out(q: Array, k: Array, v: Array, *, bias: Array | None, scale: float) -> Array:
-    """`attention` by two matrix products.
+    """`attention` by two matrix products, heads before positions.
 
     The division by the softmax's sum comes after the product with v: that touches Lq*D numbers a
     head instead of Lq*Lk. At 44 tokens in 4 heads of 24, batch 96, on two CPU cores this takes
-    1.4 ms where `jax.nn.dot_product_attention` takes 2.3 ms.
+    1.1 ms where `jax.nn.dot_product_attention` takes 1.7 ms.
     """
-    logits = jnp.einsum("nqhd,nkhd->nhqk", q * scale, k, preferred_element_type=jnp.float32)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+    logits = jnp.einsum("nhqd,nhkd->nhqk", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias
     # The maximum cancels in the quotient, so its gradient is zero and need not be computed.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1)  # [N, H, Lq]
-    out = jnp.einsum("nhqk,nkhd->nqhd", weights.astype(v.dtype), v)
-    return (out / total.swapaxes(1, 2)[..., None]).astype(q.dtype)
+    total = weights.sum(axis=-1, keepdims=True)  # [N, H, Lq, 1]
+    out = jnp.einsum("nhqk,nhkd->nhqd", weights.astype(v.dtype), v)
+    return (out / total).astype(q.dtype).swapaxes(1, 2)
 
 
 def on_tpu(q: Array, k: Array, v: Array, *, scale: float, interpret: bool = False) -> Array:

@@ -91,7 +91,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array) -> Array:
         dim = x.shape[-1]
         x = layers.Dense(4 * dim, dtype=self.dtype, name="net.0.proj")(x)
-        x = jax.nn.gelu(x, approximate=True)
+        x = layers.gelu_tanh(x)
         return layers.Dense(dim, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="net.2")(x)
 
 

@@ -152,9 +152,7 @@ class SingleBlock(nn.Module):
             self.num_heads, qk_norm=True, project_out=False, dtype=dtype, name="attn"
         )
         hidden = layers.Dense(4 * dim, dtype=dtype, name="proj_mlp")(h)
-        both = jnp.concatenate(
-            [attend(h, rotation=rotation)[0], jax.nn.gelu(hidden, approximate=True)], axis=-1
-        )
+        both = jnp.concatenate([attend(h, rotation=rotation)[0], layers.gelu_tanh(hidden)], axis=-1)
         out = layers.Dense(dim, dtype=dtype, kernel_axes=("mlp", "embed"), name="proj_out")(both)
         return sharding.constrain(x + gate * out, "batch", "tokens", "embed"), None
 

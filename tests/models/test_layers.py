@@ -84,6 +84,60 @@ class TestDense:
         assert variables["params"]["bias"].names == ("heads",)
 
 
+def test_product_has_the_derivatives_of_a_product():
+    x, kernel, along = (jnp.asarray(normal(i, *shape)) for i, shape in enumerate(SHAPES))
+
+    def loss(multiply):
+        return lambda x, kernel: jnp.sum(jnp.sin(multiply(x, kernel)))
+
+    ours = jax.jit(jax.grad(loss(layers.product), (0, 1)))(x, kernel)
+    theirs = jax.grad(loss(jnp.dot), (0, 1))(x, kernel)
+    for got, want in zip(ours, theirs):
+        np.testing.assert_allclose(got, want, atol=1e-5)  # sums over 15 tokens, in another order
+    tangents = (jnp.ones_like(x), along)
+    ours, theirs = (jax.jvp(loss(f), (x, kernel), tangents)[1] for f in (layers.product, jnp.dot))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+SHAPES = [(3, 5, 8), (8, 4), (8, 4)]
+
+
+class TestAdaptedProduct:
+    """Both orders of x (W + a b), against the formula."""
+
+    @staticmethod
+    def operands(fan_in, fan_out, rank, dtype=jnp.float32):
+        shapes = [(3, 5, fan_in), (fan_in, fan_out), (fan_in, rank), (rank, fan_out)]
+        return [jnp.asarray(normal(i, *shape) / 4, dtype) for i, shape in enumerate(shapes)]
+
+    @pytest.mark.parametrize("rank", [1, 8])
+    def test_values_and_gradients(self, rank):
+        operands = self.operands(32, 24, rank)
+
+        def loss(multiply):
+            return lambda *operands: jnp.sum(jnp.sin(multiply(*operands)))
+
+        def formula(x, kernel, a, b):
+            return x @ kernel + x @ a @ b
+
+        np.testing.assert_allclose(layers.adapted_product(*operands), formula(*operands), atol=1e-5)
+        ours, theirs = (
+            jax.grad(loss(f), (0, 1, 2, 3))(*operands) for f in (layers.adapted_product, formula)
+        )
+        for got, want in zip(ours, theirs):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("rank", "dtype", "products_with_x"),
+        [(1, jnp.float32, 2), (8, jnp.float32, 1), (8, jnp.bfloat16, 2)],
+    )
+    def test_takes_the_cheaper_order_and_never_sums_in_bfloat16(self, rank, dtype, products_with_x):
+        operands = self.operands(32, 24, rank, dtype)
+        jaxpr = jax.make_jaxpr(layers.adapted_product)(*operands)
+        x = jaxpr.jaxpr.invars[0]
+        assert sum(x in equation.invars for equation in jaxpr.eqns) == products_with_x
+
+
 class TestConvolutions:
     @pytest.mark.parametrize(
         ("strides", "padding"), [((1, 1), ((1, 1), (1, 1))), ((2, 2), ((0, 1), (0, 1)))]
