@@ -85,7 +85,8 @@ class TestDense:
 
 
 def test_product_has_the_derivatives_of_a_product():
-    x, kernel, along = (jnp.asarray(normal(i, *shape)) for i, shape in enumerate(SHAPES))
+    shapes = [(3, 5, 8), (8, 4), (8, 4)]
+    x, kernel, along = (jnp.asarray(normal(i, *shape)) for i, shape in enumerate(shapes))
 
     def loss(multiply):
         return lambda x, kernel: jnp.sum(jnp.sin(multiply(x, kernel)))
@@ -97,9 +98,6 @@ def test_product_has_the_derivatives_of_a_product():
     tangents = (jnp.ones_like(x), along)
     ours, theirs = (jax.jvp(loss(f), (x, kernel), tangents)[1] for f in (layers.product, jnp.dot))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-
-
-SHAPES = [(3, 5, 8), (8, 4), (8, 4)]
 
 
 class TestAdaptedProduct:
