@@ -66,9 +66,9 @@ setup(
     packages=find_packages(include=["pec_jax", "pec_jax.*"]),
     package_data={
         "pec_jax": [
-            "assets/shapes/*",
-            "assets/shapes/*/*",
-            "assets/shapes/encoders/*/*",
+            "shapes/assets/*",
+            "shapes/assets/*/*",
+            "shapes/assets/encoders/*/*",
         ]
     },
     install_requires=INSTALL_REQUIRES,

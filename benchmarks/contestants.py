@@ -12,10 +12,10 @@ import jax
 
 from benchmarks.setups import Setup, as_compiled
 from benchmarks.timing import Contestant, compiled_memory
-from pec_jax import sharding
-from pec_jax.cost import flops
-from pec_jax.program import Frozen, Program, initial_state
-from pec_jax.train_step import (
+from pec_jax.distributed import mesh as sharding
+from pec_jax.profiling import flops
+from pec_jax.rl.program import Frozen, Program, initial_state
+from pec_jax.rl.train_step import (
     decode,
     image_features,
     map_images,
@@ -24,8 +24,8 @@ from pec_jax.train_step import (
     step_surprisal,
     train_step,
 )
+from pec_jax.rl.update import update
 from pec_jax.types import Array, Batch, PyTree, TrainState, Trajectory
-from pec_jax.update import update
 
 
 @dataclasses.dataclass(frozen=True)

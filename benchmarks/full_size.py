@@ -78,7 +78,7 @@ def run_ours(work: Path) -> dict[str, float]:
     """Loads the same weights and compares the velocity."""
     import jax
 
-    from pec_jax.weights.pipeline import load_transformer
+    from pec_jax.families.pipeline import load_transformer
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     start = time.perf_counter()

@@ -29,7 +29,7 @@ holds a core, torch's threads wait for one another, and one thread can be many t
 two; --torch_threads=1 --torch_threads=2 times both.
 
 --random fills the shapes of the config's models with random numbers, those of published models too
-(`pec_jax.weights.published`), and reads no weights. At SD3.5-M's size on one GPU let the groups be
+(`pec_jax.families.published`), and reads no weights. At SD3.5-M's size on one GPU let the groups be
 few, as above: the iteration of the paper is 0.24 EFLOP.
 """
 
@@ -54,8 +54,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the configs, and for this directory by its name
 
 from benchmarks import contestants, setups, timing  # noqa: E402
-from pec_jax import hosts  # noqa: E402
-from pec_jax.config import ConfigError, from_config_dict  # noqa: E402
+from pec_jax.distributed import processes as hosts  # noqa: E402
+from pec_jax.config.schema import ConfigError, from_config_dict  # noqa: E402
 from pec_jax.errors import exit_with_sentence, quiet_libraries  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to time.")

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pec_jax import ahead, assemble, sharding
-from pec_jax import program as program_lib
-from pec_jax.config import Config, ConfigError
-from pec_jax.data.pipeline import PromptStream
-from pec_jax.grpo.constraints import get_constraint
-from pec_jax.program import Frozen, Program
+from pec_jax.config.schema import Config, ConfigError
+from pec_jax.data.stream import PromptStream
+from pec_jax.distributed import mesh as sharding
+from pec_jax.profiling import aot as ahead
+from pec_jax.rl import program as program_lib
+from pec_jax.rl.constraints import get_constraint
+from pec_jax.rl.program import Frozen, Program
+from pec_jax.training import build as assemble
 from pec_jax.types import Array, Batch, PyTree, TrainState
 
 # Constraints that do not look at the perceptual surprisal, in whatever space.

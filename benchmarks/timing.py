@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.cost.chips import CHIPS
+from pec_jax.profiling.chips import CHIPS
 
 # A contestant does its work to the end; what it returns is its own split of the time, or None.
 Contestant = Callable[[], Mapping[str, float] | None]

@@ -39,8 +39,8 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that two could fight over
-    from pec_jax import ahead
-    from pec_jax.config import from_config_dict
+    from pec_jax.config.schema import from_config_dict
+    from pec_jax.profiling import aot as ahead
 
     with exit_with_sentence():
         found = ahead.report(from_config_dict(_CONFIG.value), _TOPOLOGY.value)

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     for flag in joining:
         if flag.value is not None and not _DISTRIBUTED.value:
             raise app.UsageError(f"--{flag.name} means nothing without --distributed.")
-    from pec_jax import hosts, train  # import jax; --help and typos need not wait for it
+    from pec_jax.distributed import processes as hosts
+    from pec_jax.training import trainer as train
 
     with exit_with_sentence():
         if _DISTRIBUTED.value:

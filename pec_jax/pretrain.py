@@ -35,7 +35,7 @@ flags.register_validator(
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
-    from pec_jax.pretraining.loop import Session
+    from pec_jax.shapes.pretraining.loop import Session
 
     out = Path(_OUT.value)
     state = Path(_STATE.value) if _STATE.value else out.with_name(out.name + ".state")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{stage}: done before, see {session.numbers_path(stage)}")
             continue
         start = time.monotonic()
-        module = importlib.import_module(f"pec_jax.pretraining.{stage}")
+        module = importlib.import_module(f"pec_jax.shapes.pretraining.{stage}")
         numbers = module.run(session)
         session.finish(stage, numbers | {"seconds": round(time.monotonic() - start, 1)})
         print(f"{stage}: {numbers}", flush=True)

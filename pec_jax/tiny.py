@@ -90,7 +90,7 @@ def write_pipeline(
         FileExistsError: `out` exists.
         WeightsError, ValueError: a config that cannot be computed.
     """
-    from pec_jax.assets import SHAPES_DIRECTORY
+    from pec_jax.families.locate import SHAPES_DIRECTORY
 
     out = Path(out)
     if out.exists():
@@ -128,7 +128,7 @@ def write_transformer(
     import jax
     import numpy as np
 
-    from pec_jax.weights import pipeline
+    from pec_jax.families import pipeline
     from pec_jax.weights.tensors import write_json
 
     write_json(directory / "config.json", config)

@@ -67,7 +67,7 @@ def small_config():
 @pytest.fixture(scope="session")
 def world():
     """The embedded model, loaded once, under the small config."""
-    from pec_jax.assemble import make_world
-    from pec_jax.config import from_config_dict
+    from pec_jax.config.schema import from_config_dict
+    from pec_jax.training.build import make_world
 
     return make_world(from_config_dict(small_config_dict()))

@@ -8,9 +8,9 @@ import sys
 import jax
 import pytest
 
-from pec_jax import ahead
-from pec_jax.config import ConfigError, from_config_dict
-from pec_jax.cost.chips import CHIPS
+from pec_jax.config.schema import ConfigError, from_config_dict
+from pec_jax.profiling import aot as ahead
+from pec_jax.profiling.chips import CHIPS
 
 
 def test_the_step_compiles_from_shapes_and_says_what_it_costs(small_config, world):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pec_jax import embedding
-from pec_jax.assemble import make_world
-from pec_jax.assets import SHAPES_DIRECTORY, prompt_file
-from pec_jax.config import from_config_dict
+from pec_jax.config.schema import from_config_dict
+from pec_jax.data import encode_prompts as embedding
 from pec_jax.data.embedding_store import PART, EmbeddingStore
-from pec_jax.weights.pipeline import load_pipeline
+from pec_jax.families.locate import SHAPES_DIRECTORY, prompt_file
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.training.build import make_world
 from pec_jax.weights.tensors import WeightsError
 
 SETS = ("shapes/train_open", "shapes/heldout_open")

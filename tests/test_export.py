@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from pec_jax import exporting, sampling
-from pec_jax.assemble import make_optimizer, trainable_params
-from pec_jax.assets import SHAPES_DIRECTORY
-from pec_jax.checkpoint import Checkpointer
-from pec_jax.config import from_config_dict, to_dict
+from pec_jax.config.schema import from_config_dict, to_dict
 from pec_jax.errors import RunError
-from pec_jax.program import initial_state
-from pec_jax.train import train
-from pec_jax.weights.pipeline import load_pipeline
+from pec_jax.families.locate import SHAPES_DIRECTORY
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.inference import draw as sampling
+from pec_jax.inference import export as exporting
+from pec_jax.rl.program import initial_state
+from pec_jax.training.build import make_optimizer, trainable_params
+from pec_jax.training.checkpoint import Checkpointer
+from pec_jax.training.trainer import train
 from pec_jax.weights.tensors import WeightsError, read_file, write_json
 from tests.conftest import ROOT, small_config_dict
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from pec_jax.assemble import make_world
-from pec_jax.config import from_config_dict
+from pec_jax.config.schema import from_config_dict
+from pec_jax.training.build import make_world
 from tests.conftest import ROOT
 
 SHAPES = "--config=configs/shapes_pec.py"

@@ -11,10 +11,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from pec_jax import sampling
-from pec_jax.assets import SHAPES_DIRECTORY
+from pec_jax.families.locate import SHAPES_DIRECTORY
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.inference import draw as sampling
 from pec_jax.models import vae
-from pec_jax.weights.pipeline import load_pipeline
 
 PROMPTS = ("a small red circle on a dark background", "a shape", "a large blue cross at the top")
 LENGTH = 14  # tokens of the embedded T5
@@ -172,7 +172,7 @@ def test_latents_of_the_wrong_kind_are_refused(tmp_path, array):
 
 
 def test_what_a_run_has_learned_is_applied(tmp_path, small_config):
-    from pec_jax.train import train
+    from pec_jax.training.trainer import train
 
     small_config.update({"num_iterations": 1})
     small_config.optimizer.learning_rate = 0.5  # so that one iteration shows

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from pec_jax import sampling
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.inference import draw as sampling
 from pec_jax.tiny import write_pipeline
-from pec_jax.weights.pipeline import load_pipeline
 from pec_jax.weights.tensors import WeightsError, read_json, write_json
 
 PROMPTS = ("a small red circle on a dark background", "a shape")

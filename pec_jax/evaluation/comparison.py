@@ -12,7 +12,7 @@ from pec_jax.evaluation import figures, table
 from pec_jax.evaluation.report import write_report
 from pec_jax.evaluation.run_table import BASE, Run, find_runs, rows_of_runs
 from pec_jax.evaluation.table import Row
-from pec_jax.metrics import read_steps, write_bytes, write_text
+from pec_jax.training.metric_writer import read_steps, write_bytes, write_text
 
 
 def compare_csv(path: Path, out: Path) -> list[Row]:

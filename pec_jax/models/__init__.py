@@ -1,1 +1,1 @@
-"""Networks in Flax linen; with `pec_jax.sharding` the only users of it."""
+"""Networks in Flax linen; with `pec_jax.distributed.mesh` the only users of it."""

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from pec_jax.sharding import on_shards
+from pec_jax.distributed.mesh import on_shards
 
 Array = jax.Array
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as init
 
+from pec_jax.distributed.mesh import constrain
 from pec_jax.models import hf_config
 from pec_jax.models.layers import (
     Conv,
@@ -31,7 +32,6 @@ from pec_jax.models.layers import (
 )
 from pec_jax.models.resampling import cubic_weights, resize_weights
 from pec_jax.models.vit import self_attention
-from pec_jax.sharding import constrain
 
 Array = jax.Array
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as init
 
-from pec_jax import sharding
+from pec_jax.distributed import mesh as sharding
 from pec_jax.models import layers
 from pec_jax.models.attention import attention
 

@@ -1,8 +1,8 @@
 """Layers that all networks share: linear with a LoRA hook, convolution, norms, heads.
 
 Every parameter is created in fp32 and carries logical axis names, which mean nothing until a
-mesh and rules are set (`pec_jax.sharding`). Computation happens in a module's `dtype`; norms and
-softmax always in fp32.
+mesh and rules are set (`pec_jax.distributed.mesh`). Computation happens in a module's `dtype`;
+norms and softmax always in fp32.
 
 Leaf names fix how a tensor is stored on disk (see `pec_jax.weights.convert`): `kernel` of a
 linear layer is [in, out], of a convolution [kh, kw, in, out]; `scale` is a norm's weight.
@@ -22,7 +22,7 @@ import numpy as np
 from jax.custom_derivatives import linear_call
 from jax.nn import initializers as init
 
-from pec_jax.sharding import at_use
+from pec_jax.distributed.mesh import at_use
 
 Array = jax.Array
 Initializer = Callable[..., Array]

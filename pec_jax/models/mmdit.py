@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax import sharding
+from pec_jax.distributed import mesh as sharding
 from pec_jax.models import dit, layers
 
 Array = jax.Array

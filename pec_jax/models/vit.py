@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as init
 
+from pec_jax.distributed.mesh import constrain
 from pec_jax.models import hf_config
 from pec_jax.models.attention import attention
 from pec_jax.models.layers import (
@@ -31,7 +32,6 @@ from pec_jax.models.layers import (
     scan_layers,
     split_heads,
 )
-from pec_jax.sharding import constrain
 
 Array = jax.Array
 

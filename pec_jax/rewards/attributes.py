@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from pec_jax.data import shapes
 from pec_jax.data.prompts import Prompt
 from pec_jax.rewards.base import Reward, as_8bit, register, reject_unknown_options
+from pec_jax.shapes import scenes as shapes
 
 Array = jax.Array
 

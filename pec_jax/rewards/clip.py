@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax import hosts
 from pec_jax.data.prompts import Prompt
+from pec_jax.distributed import processes as hosts
 from pec_jax.perception.encoders import Encoder, unit
 from pec_jax.rewards.base import Reward, as_8bit, register, reject_unknown_options
 

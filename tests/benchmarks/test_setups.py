@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks import setups
 from configs import sd3_grpo, sd3_pec
-from pec_jax import ahead
-from pec_jax.config import from_config_dict
-from pec_jax.cost import flops
-from pec_jax.train_step import train_step
+from pec_jax.config.schema import from_config_dict
+from pec_jax.profiling import aot as ahead
+from pec_jax.profiling import flops
+from pec_jax.rl.train_step import train_step
 
 
 @functools.cache

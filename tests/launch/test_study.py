@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from pec_jax.config import from_config_dict
+from pec_jax.config.schema import from_config_dict
 from pec_jax.evaluation.table import Row, normalise
-from pec_jax.grpo.constraints import CONSTRAINTS
+from pec_jax.rl.constraints import CONSTRAINTS
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

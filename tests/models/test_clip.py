@@ -13,9 +13,9 @@ import torch
 import transformers
 from jax.sharding import PartitionSpec
 
+from pec_jax.families.text import load_variables
 from pec_jax.models import clip
 from pec_jax.weights.tensors import write_tensors
-from pec_jax.weights.text import load_variables
 
 EOS = 49
 TEXT = {

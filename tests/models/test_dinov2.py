@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
+from pec_jax.families.text import load_variables
 from pec_jax.models import dinov2
-from pec_jax.weights.text import load_variables
 
 SMALL = {
     "hidden_size": 32,

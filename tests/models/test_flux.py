@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from pec_jax.families.pipeline import transformer_shapes
 from pec_jax.models import flux
 from pec_jax.models.flux import Flux, FluxConfig
 from pec_jax.weights.convert import count_parameters, from_torch, to_torch
-from pec_jax.weights.pipeline import transformer_shapes
 from tests.models.test_mmdit import full_size_names, perturbed, randomize
 
 DEV = {

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from pec_jax.families.pipeline import transformer_shapes
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.weights.convert import count_parameters, from_torch, leaves, to_torch
-from pec_jax.weights.pipeline import transformer_shapes
 
 SD35 = {
     "sample_size": 8,

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
+from pec_jax.families.text import load_variables
 from pec_jax.models import clip, dinov2, vit
-from pec_jax.weights.text import load_variables
 
 
 def clip_config(text_layers: int, vision_layers: int, **sizes) -> transformers.CLIPConfig:

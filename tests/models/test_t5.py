@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from pec_jax.families.text import load_variables
 from pec_jax.models import t5
 from pec_jax.weights.tensors import write_tensors
-from pec_jax.weights.text import load_variables
 
 SMALL = {
     "vocab_size": 50,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from pec_jax.families.pipeline import vae_shapes
 from pec_jax.models.vae import AutoencoderKL, VAEConfig, scale_latents, unscale_latents
 from pec_jax.weights.convert import count_parameters, from_torch, to_torch
-from pec_jax.weights.pipeline import vae_shapes
 
 
 def config_of(channels: tuple[int, ...], **changes) -> dict:

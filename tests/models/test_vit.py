@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
+from pec_jax.families.text import load_variables
 from pec_jax.models import vit
 from pec_jax.weights.tensors import WeightsError
-from pec_jax.weights.text import load_variables
 
 SMALL = {
     "hidden_size": 32,

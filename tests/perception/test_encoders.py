@@ -24,7 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from pec_jax.perception.encoders import load_encoder, unit
-from pec_jax.pretraining import tokenizers
+from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
 CAPTIONS = ["a small red circle on a dark background", "a shape", ""]

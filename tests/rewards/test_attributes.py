@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.data import shapes
 from pec_jax.data.prompts import Prompt
 from pec_jax.rewards import attributes as judge
+from pec_jax.shapes import scenes as shapes
 
 NUM_SCENES = 2048
 

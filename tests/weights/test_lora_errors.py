@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pec_jax.assets import SHAPES_DIRECTORY
+from pec_jax.families.locate import SHAPES_DIRECTORY
+from pec_jax.families.pipeline import load_transformer
 from pec_jax.weights.lora_files import FILE_NAMES, read_lora
-from pec_jax.weights.pipeline import load_transformer
 from pec_jax.weights.tensors import WeightsError
 
 Q, K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from pec_jax import sampling
-from pec_jax.assets import SHAPES_DIRECTORY
+from pec_jax.families.locate import SHAPES_DIRECTORY
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.inference import draw as sampling
 from pec_jax.models import lora
 from pec_jax.weights.lora_files import FILE_NAMES, read_lora, write_lora
-from pec_jax.weights.pipeline import load_pipeline
 from pec_jax.weights.tensors import WeightsError, read_metadata
 
 # Attention, feed-forward and modulation of scanned runs, and a layer outside of them.

@@ -1,0 +1,1 @@
+"""From an ml_collections.ConfigDict to frozen, validated dataclasses."""

@@ -1,1 +1,0 @@
-"""What a compiled train step costs: operations, collectives, memory, and a bound on its time."""

@@ -1,0 +1,1 @@
+"""The device mesh, and the processes that train together."""

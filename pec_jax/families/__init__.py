@@ -1,0 +1,1 @@
+"""All that a family of pipelines is, and loading one from its directory."""

@@ -1,1 +1,0 @@
-"""Advantages, constraints and the policy loss: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""Using what a run has learned: drawing images, exporting for diffusers."""

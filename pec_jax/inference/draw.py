@@ -1,0 +1,178 @@
+"""Sampling from a pipeline directory, with or without what a run has learned."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from pec_jax.errors import RunError
+from pec_jax.families import generation
+from pec_jax.families.locate import pipeline_directory
+from pec_jax.families.pipeline import Pipeline, load_pipeline
+from pec_jax.flow.sampler import sample_final
+from pec_jax.rl.program import bind
+from pec_jax.training.metric_writer import image_grid, save_png, to_picture
+from pec_jax.training.run_directory import learned_params, run_config
+from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights.lora_files import read_lora
+
+MAX_GRID_COLUMNS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to draw; the fields are the flags of `pec_jax.sample`."""
+
+    model: str
+    prompts: tuple[str, ...]
+    lora: str | None = None
+    use_ema: bool = True
+    negative_prompt: str = ""
+    num_images: int = 4
+    height: int = 0
+    width: int = 0
+    num_steps: int = 28
+    guidance: float | None = None  # None: what the kind of model is published with
+    seed: int = 0
+    sampler: str = "ode"
+    noise_level: float = 0.7
+    init_latents: str | None = None
+    dtype: str = "float32"
+    variant: str = ""
+    t5_length: int = 0
+    batch_size: int = 16
+
+
+def run(request: Request, out: Path) -> None:
+    """Draws the images of a request and writes PNGs, `grid.png` and `latents.npy` into `out`.
+
+    Raises:
+      ValueError, RunError, OSError: sentences for a person.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    root = pipeline_directory(request.model, request.variant)
+    dtype = jnp.dtype(request.dtype)
+    pipeline = load_pipeline(
+        root,
+        dtype,
+        param_dtype=dtype,
+        t5_length=request.t5_length,
+        variant=request.variant,
+        sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
+    )
+    shape = generation.latent_size(pipeline, request.height, request.width)
+    count = len(request.prompts) * request.num_images
+    noise = initial_latents(request, count, shape)
+    variables = pipeline.transformer_variables
+    if request.lora:
+        variables = learned_variables(Path(request.lora), pipeline, use_ema=request.use_ema)
+    latents, images = draw(request, pipeline, variables, noise)
+    save(out, request, latents, images)
+    logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
+
+
+def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -> Array:
+    """Unit Gaussian noise [N, h, w, C]; image i has the same noise whatever N is.
+
+    Raises:
+      ValueError: `init_latents` is not a .npy file of the right shape.
+    """
+    if request.init_latents is None:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(request.seed), i))(
+            jnp.arange(count)
+        )
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    path = Path(request.init_latents).expanduser()
+    height, width, channels = shape
+    expected = (count, channels, height, width)
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a .npy file of numbers: {error}") from None
+    if stored.shape not in (expected, (1, *expected[1:])) or stored.dtype.kind != "f":
+        raise ValueError(
+            f"{path} holds {stored.dtype} of shape {stored.shape}; these prompts and sizes need "
+            f"floats of shape {expected}, or {(1, *expected[1:])} for the same start everywhere."
+        )
+    stored = np.broadcast_to(stored.astype(np.float32), expected)
+    return jnp.asarray(stored.transpose(0, 2, 3, 1))
+
+
+def learned_variables(source: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
+    """The transformer's variables with what a run has learned, or with a LoRA file applied.
+
+    Args:
+      source: a run directory, or a LoRA that `read_lora` takes.
+      pipeline: the model it belongs to.
+      use_ema: of a run, the averaged parameters instead of the last ones.
+
+    Raises:
+      RunError: there is nothing, or a run without a checkpoint.
+      CheckpointError: the run's checkpoints are damaged.
+      WeightsError: the LoRA cannot be read, or is one of another model.
+    """
+    source, variables = source.expanduser(), pipeline.transformer_variables
+    if (source / "config.json").is_file():
+        config = run_config(source)
+        learned = learned_params(source, config, pipeline, use_ema=use_ema)
+        return bind(config.trainable, learned, variables)
+    if not source.exists():
+        raise RunError(f"{source} does not exist; it must be a run directory or a LoRA file.")
+    return {**variables, "lora": read_lora(source, variables["params"])}
+
+
+def draw(
+    request: Request, pipeline: Pipeline, variables: PyTree, noise: Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
+    prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
+    encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
+    negative = jax.tree.map(lambda a: a[-1:], encoded)
+    sigmas = generation.sigmas(pipeline, request.num_steps, *noise.shape[1:3])
+    guidance = request.guidance
+    if guidance is None:
+        guidance = generation.usual_guidance(pipeline)
+    velocity = generation.guide_function(pipeline)(guidance, negative)
+    decode = generation.decode_function(pipeline)
+
+    @jax.jit
+    def draw_batch(variables, vae, x_1: Array, conditioning: Conditioning, key: Array):
+        latents = sample_final(
+            velocity,
+            variables,
+            x_1,
+            conditioning,
+            sigmas=sigmas,
+            kernel=request.sampler,
+            noise_level=request.noise_level,
+            stochastic=(request.sampler != "ode",) * request.num_steps,
+            key=key,
+        )
+        return latents, decode(vae, latents)
+
+    variables, vae = jax.device_put((variables, pipeline.vae_variables))
+    size = min(request.batch_size, len(prompt_of))
+    batches = []
+    for start in tqdm(range(0, len(prompt_of), size), unit="batch", desc="sampling"):
+        rows = np.arange(start, start + size) % len(prompt_of)  # the last batch wraps around
+        conditioning = jax.tree.map(lambda a: a[prompt_of[rows]], encoded)  # noqa: B023
+        key = jax.random.fold_in(jax.random.key(request.seed + 1), start)
+        batches.append(jax.device_get(draw_batch(variables, vae, noise[rows], conditioning, key)))
+    latents, images = (np.concatenate(parts)[: len(prompt_of)] for parts in zip(*batches))
+    return latents, images
+
+
+def save(out: Path, request: Request, latents: np.ndarray, images: np.ndarray) -> None:
+    """Writes one PNG an image, the contact sheet and the latents."""
+    np.save(out / "latents.npy", latents.transpose(0, 3, 1, 2).astype(np.float32))
+    for number, image in enumerate(images):
+        save_png(out / f"{number:05d}.png", to_picture(image))
+    columns = min(request.num_images, MAX_GRID_COLUMNS)
+    grouped = images.reshape(len(request.prompts), request.num_images, *images.shape[1:])
+    save_png(out / "grid.png", image_grid(grouped[:, :columns], request.prompts))

@@ -1,0 +1,109 @@
+"""Writing what a run has learned in the formats that diffusers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from pec_jax.config.schema import TrainableConfig, unknown
+from pec_jax.errors import RunError
+from pec_jax.families.locate import pipeline_directory
+from pec_jax.families.pipeline import STEM, load_pipeline
+from pec_jax.models import lora
+from pec_jax.training.run_directory import learned_params, run_config
+from pec_jax.types import PyTree
+from pec_jax.weights import lora_files
+from pec_jax.weights.convert import to_torch
+from pec_jax.weights.tensors import read_json, read_metadata, write_json, write_tensors
+
+# Kind -> the files of an export, that with the weights first.
+FILES = {
+    "lora": (f"{lora_files.STEM}.safetensors",),
+    "transformer": (f"{STEM}.safetensors", "config.json"),
+}
+MARK = {"written_by": "pec_jax.export"}  # in the weights' header: this may be replaced
+
+
+def run(
+    workdir: Path, kind: str, out: Path, *, use_ema: bool = True, dtype: str = "float32"
+) -> None:
+    """Exports the newest checkpoint of a run.
+
+    Args:
+      workdir: the run directory.
+      kind: `lora` writes pytorch_lora_weights.safetensors, for `pipe.load_lora_weights(out)`;
+        `transformer` writes config.json and diffusion_pytorch_model.safetensors, for
+        `from_pretrained(out)` of the transformer's class, with a LoRA merged into the weights.
+      out: an empty or new directory, or one that holds an earlier export of this kind.
+      use_ema: the averaged parameters instead of the last ones.
+      dtype: of the tensors written, float32 or bfloat16.
+
+    Raises:
+      ValueError, RunError, OSError: sentences for a person.
+    """
+    if kind not in FILES:
+        raise ValueError(unknown("kind", kind, FILES))
+    config = run_config(workdir)
+    if kind == "lora" and config.trainable.mode != "lora":
+        raise RunError(
+            f"{workdir} trained the whole transformer (config.trainable.mode is "
+            f"{config.trainable.mode}), so there is no LoRA: use --kind=transformer."
+        )
+    prepare(out, kind)
+    root = pipeline_directory(config.model.path, config.model.variant)
+    pipeline = load_pipeline(root, text=False, variant=config.model.variant)
+    learned = learned_params(workdir, config, pipeline, use_ema=use_ema)
+    if kind == "lora":
+        lora_files.write_lora(out, cast(learned, dtype), config.trainable.alpha, MARK)
+        logging.info("Load it in diffusers with pipe.load_lora_weights(%r).", str(out))
+        return
+    variables = merged(config.trainable, learned, pipeline.transformer_variables)
+    architecture = read_json(root / "transformer" / "config.json")
+    # The config goes first and comes last, so that a directory that has one is whole.
+    (out / "config.json").unlink(missing_ok=True)
+    write_tensors(out, to_torch(cast(variables, dtype)), STEM, MARK)
+    write_json(out / "config.json", architecture)
+    name = architecture.get("_class_name")
+    logging.info("Load it in diffusers with %s.from_pretrained(%r).", name, str(out))
+
+
+def prepare(out: Path, kind: str) -> None:
+    """Makes the output directory, or checks that what it holds may be replaced.
+
+    Raises:
+      RunError: it holds anything but an earlier export of this kind.
+      OSError: it cannot be made.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = {path.name for path in out.iterdir()}
+    weights = out / FILES[kind][0]
+    ours = found <= set(FILES[kind]) and weights.is_file()
+    if found and not (ours and MARK.items() <= read_metadata(weights).items()):
+        raise RunError(
+            f"{out} is not empty, and only an earlier export of kind {kind} "
+            f"({', '.join(FILES[kind])}) is replaced: choose another --out."
+        )
+
+
+def merged(trainable: TrainableConfig, learned: PyTree, transformer: PyTree) -> PyTree:
+    """The transformer's variables {"params", "buffers"} with what was learned in the weights.
+
+    Args:
+      trainable: whether `learned` replaces the weights or is a LoRA beside them.
+      learned: from `learned_params`.
+      transformer: linen variables of the base model.
+    """
+    params = learned
+    if trainable.mode == "lora":
+        scaled = lora.scaled(learned, trainable.alpha, trainable.rank)
+        params = lora.merge(transformer["params"], scaled)
+    return {**transformer, "params": params}
+
+
+def cast(tree: PyTree, dtype: str) -> PyTree:
+    """Every array in host memory and in `dtype`."""
+    return jax.tree.map(lambda a: np.asarray(a).astype(jnp.dtype(dtype)), tree)

@@ -1,0 +1,1 @@
+"""What a step costs: ahead-of-time compilation, FLOPs, collectives, chips."""

@@ -1,0 +1,327 @@
+"""The train step of a config, compiled for chips that are not there, and what that shows.
+
+Everything is a shape: no weights are read and no memory is taken, so that a step for a pod
+compiles on a laptop. The program is the one that trains: the same functions, shardings and
+donation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from pec_jax.config.schema import Config, ConfigError, unknown
+from pec_jax.data.prompts import Prompt
+from pec_jax.distributed import mesh as sharding
+from pec_jax.families import published
+from pec_jax.families.locate import pipeline_directory
+from pec_jax.families.pipeline import Pipeline
+from pec_jax.perception.encoders import Encoder, load_encoder
+from pec_jax.profiling import flops
+from pec_jax.profiling.chips import CHIPS, Chip, roofline
+from pec_jax.profiling.collectives import collectives
+from pec_jax.rl import program as program_lib
+from pec_jax.rl.program import Frozen, Program, initial_state
+from pec_jax.rl.train_step import train_step
+from pec_jax.training import build as assemble
+from pec_jax.types import Batch, Conditioning, PyTree, TrainState
+from pec_jax.weights.hub import model_directory
+from pec_jax.weights.tensors import read_json
+
+CLIP_LENGTH = 77  # tokens, of all published models
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the train step takes, as shapes with their places."""
+
+    state: TrainState
+    frozen: Frozen
+    batch: Batch
+    key: jax.ShapeDtypeStruct
+
+
+def topology_devices(name: str) -> tuple[list[Any], Chip]:
+    """The devices of a topology such as "v5e:4x4", and what one of them can do.
+
+    Raises:
+      ConfigError: a chip we do not know, or a topology that libtpu does not.
+    """
+    kind = name.partition(":")[0]
+    if kind not in CHIPS:
+        raise ConfigError("--topology: " + unknown("chip", kind, CHIPS))
+    try:
+        topology = topologies.get_topology_desc(name, platform="tpu")
+    except Exception as error:  # libtpu is missing, or knows no such topology
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"--topology={name} cannot be had: {reason} Install the TPU compiler with "
+            "`pip install 'pec_jax[tpu]'`, and give chips as kind:AxB, such as v5e:4x4, or "
+            "v5p:4x4x4."
+        ) from None
+    return list(topology.devices), CHIPS[kind]
+
+
+def compile_step(config: Config, devices: list[Any]) -> tuple[Any, Program, Arguments, float]:
+    """Compiles the train step for devices that may not be there.
+
+    Returns:
+      The compiled step, its program, its arguments, and the seconds that compiling took.
+
+    Raises:
+      ConfigError: the config does not fit the devices, or names a model that is neither on the
+        disk nor published.
+    """
+    mesh, program, arguments, shardings = abstract_step(config, devices)
+    if mesh.size != len(devices):
+        raise ConfigError(
+            f"config.mesh is {dict(mesh.shape)}, {mesh.size} of {len(devices)} chips: choose "
+            "another config.mesh, or a config.batch.groups that divides over all of them."
+        )
+    step = jax.jit(
+        functools.partial(train_step, program),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    start = time.perf_counter()
+    with sharding.active(mesh, config):
+        lowered = step.lower(arguments.state, arguments.frozen, arguments.batch, arguments.key)
+        compiled = lowered.compile()
+    return compiled, program, arguments, time.perf_counter() - start
+
+
+def abstract_step(
+    config: Config, devices: list[Any]
+) -> tuple[Mesh, Program, Arguments, TrainState]:
+    """The mesh, the program, its arguments as shapes, and where its state lies; nothing is read.
+
+    Raises:
+      ConfigError: as `compile_step`.
+    """
+    assemble.check_names(config)
+    mesh = sharding.make_mesh(config, devices)
+    place = sharding.placement(mesh, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        pipeline, encoders, text = _architecture(config, place, Path(scratch))
+    program = assemble.make_program(config, pipeline, encoders)
+    return mesh, program, *_arguments(config, program, pipeline, encoders, text, place)
+
+
+def _architecture(
+    config: Config, place: sharding.Placement, scratch: Path
+) -> tuple[Pipeline, dict[str, Encoder], int]:
+    """Networks and the shapes of their variables, and the number of text tokens."""
+    root = config_files(config.model.path, scratch / "pipeline", pipeline=True)
+    pipeline = assemble.load_model(config, root, place, weights=False)
+    encoders = {}
+    for name, path in config.encoders.items():
+        directory = root / "encoders" / name
+        if path:
+            directory = config_files(path, scratch / "encoders" / name, pipeline=False)
+        dtype = jnp.dtype(config.model.encoder_dtype)
+        encoder = load_encoder(directory, dtype, sharding=place, weights=False)
+        encoders[name] = encoder.without_text()
+    return pipeline, encoders, _text_length(config, pipeline, root)
+
+
+def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
+    """The directory of a model's config files: the model's own, or those that are published.
+
+    Args:
+      name: as in a config.
+      scratch: where published files are written.
+      pipeline: whether it is a pipeline, or else an encoder.
+
+    Raises:
+      ConfigError: neither a directory nor published.
+    """
+    if name == "shapes" or Path(name).expanduser().exists():
+        return pipeline_directory(name) if pipeline else model_directory(name)
+    entry = published.find(name)
+    if entry is None:
+        raise ConfigError(
+            f"{name}: neither a directory nor one of the published models whose shapes are known, "
+            f"{', '.join(published.MODELS)}."
+        )
+    return published.write(entry, scratch)
+
+
+def _text_length(config: Config, pipeline: Pipeline, root: Path) -> int:
+    """Text tokens that the transformer sees."""
+    t5 = config.model.t5_length or pipeline.family.t5_length
+    part = next(name for name, tower in pipeline.family.towers.items() if tower == "t5")
+    t5 = min(t5, _tokenizer_length(root, part.replace("text_encoder", "tokenizer"), t5))
+    if pipeline.family.name == "flux":
+        return t5
+    return t5 + _tokenizer_length(root, "tokenizer", CLIP_LENGTH)
+
+
+def _tokenizer_length(root: Path, part: str, default: int) -> int:
+    path = root / part / "tokenizer_config.json"
+    return int(read_json(path).get("model_max_length", default)) if path.is_file() else default
+
+
+def _arguments(
+    config: Config,
+    program: Program,
+    pipeline: Pipeline,
+    encoders: dict[str, Encoder],
+    text_length: int,
+    place: sharding.Placement,
+) -> tuple[Arguments, TrainState]:
+    """The step's arguments as shapes, and where its state lies."""
+    weights = pipeline.transformer_variables["params"]
+    params = jax.eval_shape(lambda w: assemble.trainable_params(config, w), weights)
+    axes = assemble.trainable_axes(config, pipeline, params)
+    shardings = program_lib.state_shardings(program, params, axes, place)
+    state = jax.eval_shape(lambda p: initial_state(p, program.optimizer, 0.0), params)
+    state = jax.tree.map(_placed, state, shardings)
+    whole = place((), ())
+    groups = sharding.over_groups(whole.mesh)
+    width = pipeline.transformer.config
+    conditioning = Conditioning(
+        tokens=_shape((config.batch.groups, text_length, width.joint_attention_dim), groups),
+        pooled=_shape((config.batch.groups, width.pooled_projection_dim), groups),
+    )
+    frozen = Frozen(
+        transformer=pipeline.transformer_variables,
+        vae=pipeline.vae_variables,
+        negative=jax.tree.map(lambda a: _shape((1, *a.shape[1:]), whole), conditioning),
+        encoders={name: encoder.params for name, encoder in encoders.items()},
+        rewards={
+            name: jax.tree.map(lambda a: _shape(a.shape, whole, a.dtype), reward.params)
+            for name, reward in program.reward.rewards.items()
+            if not program.reward_encoder[name]
+        },
+    )
+    batch = Batch(
+        prompt_ids=_shape((config.batch.groups,), groups, jnp.int32),
+        conditioning=conditioning,
+        reward_inputs={
+            name: _reward_inputs(config, program, encoders, name, groups)
+            for name in program.reward.rewards
+        },
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Arguments(state, frozen, batch, _placed(key, whole)), shardings
+
+
+def _reward_inputs(
+    config: Config, program: Program, encoders: dict[str, Encoder], name: str, groups: Any
+) -> PyTree:
+    encoder = program.reward_encoder[name]
+    if encoder:  # unit text features, one row a prompt
+        return _shape((config.batch.groups, encoders[encoder].dim), groups)
+    prompts = [Prompt("a circle", {})] * config.batch.groups
+    prepared = program.reward.rewards[name].prepare(prompts)
+    return jax.tree.map(lambda a: _shape(np.shape(a), groups, np.asarray(a).dtype), prepared)
+
+
+def _shape(shape: tuple[int, ...], where: Any, dtype: Any = jnp.float32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _placed(leaf: Any, where: Any) -> Any:
+    return _shape(leaf.shape, where, leaf.dtype)
+
+
+def report(config: Config, topology: str) -> dict[str, Any]:
+    """Compiles a config's train step for a topology and says what it costs a chip.
+
+    Returns:
+      What `python -m pec_jax.aot` prints, see there. Where the compiler finds that it does not fit,
+      `fits` is False, `error` is what it said, and what only a compiled program tells is absent.
+
+    Raises:
+      ConfigError: see `compile_step` and `topology_devices`.
+    """
+    devices, chip = topology_devices(topology)
+    start = time.perf_counter()
+    result: dict[str, Any] = {"topology": topology, "chips": len(devices)}
+    try:
+        compiled, program, arguments, seconds = compile_step(config, devices)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return result | {
+            "hbm_bytes": int(chip.hbm_bytes),
+            "fits": False,
+            "error": _first_lines(str(error)),
+            "compile_seconds": time.perf_counter() - start,
+        }
+    return (
+        result
+        | analyse(compiled, program, arguments, chip, len(devices))
+        | {"compile_seconds": seconds}
+    )
+
+
+def analyse(
+    compiled: Any, program: Program, arguments: Arguments, chip: Chip, num_chips: int
+) -> dict[str, Any]:
+    """What a compiled step costs a chip; see `report`."""
+    memory = compiled.memory_analysis()
+    resident = _bytes_per_chip((arguments.state, arguments.frozen, arguments.batch))
+    # Weights that the step does not read (those of an encoder of the evaluation) are no arguments
+    # of it, but lie there all the same.
+    unread = max(0, resident - memory.argument_size_in_bytes)
+    peak = unread + (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    found = collectives(compiled.as_text())
+    cost = compiled.cost_analysis() or {}
+    step = functools.partial(train_step, program)
+    total = flops.count(step, arguments.state, arguments.frozen, arguments.batch, arguments.key)
+    bound = roofline(
+        chip,
+        total / num_chips,
+        float(cost.get("bytes accessed", 0.0)),
+        sum(kind.bytes for kind in found.values()),
+    )
+    return {
+        "parameters": {
+            "total": _count(arguments.frozen.transformer["params"]),
+            "trainable": _count(arguments.state.params),
+        },
+        "bytes_per_chip": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "unread": unread,
+            "peak": peak,
+        },
+        "hbm_bytes": int(chip.hbm_bytes),
+        "fits": peak <= chip.hbm_bytes,
+        "flops": {"analytic": total / num_chips, "xla": float(cost.get("flops", 0.0))},
+        "collectives": {kind: value._asdict() for kind, value in found.items()},
+        "roofline": bound._asdict(),
+    }
+
+
+def _bytes_per_chip(tree: PyTree) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        total += int(np.prod(shape, dtype=np.int64)) * jnp.dtype(leaf.dtype).itemsize
+    return total
+
+
+def _count(tree: PyTree) -> int:
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(tree))
+
+
+def _first_lines(text: str, lines: int = 12) -> str:
+    return "\n".join(text.splitlines()[:lines])

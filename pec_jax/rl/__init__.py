@@ -1,0 +1,1 @@
+"""The RL method: policy, rollout, score, objectives, constraints, update."""

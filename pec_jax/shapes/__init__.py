@@ -1,0 +1,1 @@
+"""The embedded world: scenes, judge, crowd, pretraining, assets."""

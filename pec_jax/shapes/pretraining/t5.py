@@ -1,0 +1,78 @@
+"""Stage `t5`: the third text encoder, by masked-token prediction.
+
+Tokens are masked as BERT does (Devlin et al. 2019, section 3.1) with T5's first sentinel. The
+loss also reads back the tokens in plain sight, at half weight, so that each position keeps what
+it says: the transformer that reads these embeddings needs the words themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pec_jax.models import t5
+from pec_jax.shapes import scenes as shapes
+from pec_jax.shapes.pretraining import common, skeleton, tokenizers
+from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
+
+BATCH = 128
+MASKED_SHARE = 0.3
+PAD = 0
+RECIPE = Recipe("t5", steps=400, learning_rate=2e-3, weight_decay=0.01)
+
+
+def model(directory) -> t5.T5Encoder:
+    return t5.T5Encoder(t5.T5Config.from_dict(skeleton.read_json(directory / "config.json")))
+
+
+def caption_ids(directory) -> np.ndarray:
+    """Token ids of every caption, [2430, 14], by `shapes.caption_index`."""
+    from transformers import T5TokenizerFast
+
+    tokenizer = T5TokenizerFast.from_pretrained(directory)
+    return tokenizers.token_ids(tokenizer, shapes.all_captions())
+
+
+def make_loss(module: t5.T5Encoder, mask_id: int):
+    """Cross-entropy of masked tokens plus half that of visible ones; see `loop.Loss`."""
+
+    def loss(params, ema, extra, ids, key):
+        del ema
+        real = ids != PAD
+        masked = jax.random.bernoulli(key, MASKED_SHARE, ids.shape) & real
+        hidden = module.apply({"params": params["t5"]}, jnp.where(masked, mask_id, ids))
+        logits = hidden @ params["head"]  # [N, L, vocabulary]
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+        weight = jnp.where(masked, 1.0, 0.5) * real
+        right = jnp.sum((jnp.argmax(logits, -1) == ids) & masked) / jnp.sum(masked)
+        return jnp.sum(nats * weight) / jnp.sum(weight), ({"masked_accuracy": right}, extra)
+
+    return loss
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Trains on 90% of the captions; writes text_encoder_3."""
+    directory = session.out / "text_encoder_3"
+    module = model(directory)
+    ids = caption_ids(session.out / "tokenizer_3")
+    init_key, head_key, split_key, eval_key = jax.random.split(session.key("t5-init"), 4)
+    shuffled = jax.random.permutation(split_key, shapes.NUM_CAPTIONS)
+    held_out = shapes.NUM_CAPTIONS // 10
+    width, vocabulary = module.config.d_model, module.config.vocab_size
+    params = {
+        "t5": common.initialise(module, init_key, ids[:1])["params"],
+        "head": 0.02 * jax.random.normal(head_key, (width, vocabulary)),
+    }
+    loss = make_loss(module, mask_id=vocabulary - 1)
+    training = jnp.asarray(ids)[shuffled[held_out:]]
+    draw = jax.jit(lambda key: jax.random.choice(key, training, (BATCH,)))
+    params = fit(session, RECIPE, loss, params, draw).ema
+    size = common.save(directory, {"params": params["t5"]}, "model")
+    unseen = jnp.asarray(ids)[shuffled[:held_out]]
+    value, (metrics, _) = jax.jit(loss)(params, None, None, unseen, eval_key)
+    numbers = {name: float(metric) for name, metric in metrics.items()}
+    return {"loss": float(value), **numbers, "bytes": size}

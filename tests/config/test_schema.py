@@ -1,0 +1,104 @@
+"""Configs: what is accepted, and what a person is told when it is not."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+
+from pec_jax.config.schema import ConfigError, from_config_dict
+from pec_jax.config import schema as config_lib
+
+CONFIGS = ("base", "shapes_grpo", "shapes_grpo_kl", "shapes_pec", "shapes_study")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_config_file_is_valid_documented_and_locked(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    assert from_config_dict(config).num_iterations > 0
+    assert "Command" in module.__doc__
+    with pytest.raises(AttributeError):
+        config.no_such_field = 1
+
+
+def test_a_config_survives_the_way_through_json(small_config):
+    import json
+
+    config = from_config_dict(small_config)
+    stored = json.loads(json.dumps(config_lib.to_dict(config)))
+    assert from_config_dict(stored) == config
+    assert config_lib.differences(stored, config_lib.to_dict(config)) == []
+
+
+def test_differences_name_the_field_and_both_values(small_config):
+    old = config_lib.to_dict(from_config_dict(small_config))
+    small_config.optimizer.learning_rate = 0.5
+    new = config_lib.to_dict(from_config_dict(small_config))
+    assert config_lib.differences(old, new) == [
+        "config.optimizer.learning_rate: 0.002 there, 0.5 now"
+    ]
+
+
+def test_dataclasses_are_frozen(small_config):
+    config = from_config_dict(small_config)
+    with pytest.raises(AttributeError):
+        config.seed = 3
+
+
+# path of the field, bad value, words that the message must contain
+BAD_VALUES = [
+    ("batch.group_size", 1, ["config.batch.group_size", "at least 2"]),
+    ("batch.rollout_images", 3, ["config.batch.rollout_images", "divide"]),
+    ("batch.decode_images", 3, ["config.batch.decode_images", "divide"]),
+    ("batch.update_images", 3, ["config.batch.update_images", "divide"]),
+    ("grpo.minibatches", 3, ["config.grpo.minibatches", "multiple of 3"]),
+    ("sampler.num_steps", 1, ["config.sampler.num_steps", "at least 2"]),
+    ("sampler.window", (2, 9), ["config.sampler.window", "num_steps (3)"]),
+    ("sampler.window", (1,), ["config.sampler.window", "(start, stop)"]),
+    ("model.dtype", "float16", ["config.model.dtype", "bfloat16", "float32"]),
+    ("trainable.mode", "loraa", ["'loraa'", "Did you mean 'lora'", "full"]),
+    ("constraint.unit", "std", ["config.constraint.unit", "raw", "reward_std"]),
+    ("constraint.weight", -1.0, ["config.constraint.weight", "at least 0"]),
+    ("constraint.weight", math.nan, ["config.constraint.weight", "at least 0"]),
+    ("optimizer.learning_rate", "fast", ["config.optimizer.learning_rate", "type float"]),
+    ("num_iterations", 1.5, ["config.num_iterations", "type int"]),
+    ("rewards", {"pickscore": 0.0}, ["config.rewards", "weight other than 0"]),
+    ("rewards", {"pickscore": "much"}, ["config.rewards.pickscore", "type float"]),
+    ("eval", 3, ["config.eval", "section"]),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "words"), BAD_VALUES)
+def test_a_bad_value_is_answered_with_field_and_remedy(small_config, path, value, words):
+    values = small_config.to_dict()
+    *sections, field = path.split(".")
+    target = values
+    for section in sections:
+        target = target[section]
+    target[field] = value
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(values)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_k_of_the_knn_must_be_below_the_group_size(small_config):
+    small_config.perception.update({"estimator": "knn", "k": 4})
+    with pytest.raises(ConfigError, match="3 neighbours"):
+        from_config_dict(small_config)
+
+
+def test_an_unknown_field_is_answered_with_the_nearest(small_config):
+    values = small_config.to_dict()
+    values["sampler"]["num_stepz"] = 4
+    with pytest.raises(ConfigError, match=r"'num_stepz'. Did you mean 'num_steps'"):
+        from_config_dict(values)
+
+
+def test_a_missing_field_is_named(small_config):
+    values = small_config.to_dict()
+    del values["sampler"]["guidance"]
+    with pytest.raises(ConfigError, match=r"config\.sampler lacks guidance"):
+        from_config_dict(values)

@@ -1,0 +1,111 @@
+"""Checkpoints: what is saved comes back, and what is damaged is noticed."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pec_jax.rl.program import initial_state
+from pec_jax.training.checkpoint import Checkpointer, CheckpointError
+
+
+def make_state(step: int):
+    """A state with dotted and colon names, as the models have them, and numbers from `step`."""
+    params = {
+        "blocks.0:2": {"to_out.0": {"a": jnp.full((2, 300, 7), step, jnp.float32)}},
+        "half": jnp.full((5,), step, jnp.bfloat16),
+    }
+    state = initial_state(params, optax.adamw(1e-3), 0.25)
+    return state.replace(step=jnp.asarray(step, jnp.int32))
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with checkpoints of steps 1, 2 and 3, of which two are kept."""
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpointer.save(make_state(step))
+    checkpointer.wait()
+    checkpointer.close()
+    return tmp_path
+
+
+def restore(directory):
+    checkpointer = Checkpointer(directory, keep=2)
+    try:
+        return checkpointer.restore(make_state(0))
+    finally:
+        checkpointer.close()
+
+
+def array_files(directory):
+    """The files that hold numbers, largest first."""
+    files = [p for p in directory.rglob("*") if p.is_file() and "/d/" in str(p)]
+    assert files
+    return sorted(files, key=lambda p: -p.stat().st_size)
+
+
+def test_nothing_there_is_no_error(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_the_newest_comes_back_bit_for_bit(saved):
+    assert_equal(restore(saved), make_state(3))
+    assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["2", "3"]
+
+
+def test_a_truncated_newest_checkpoint_is_reported_and_passed_over(saved, caplog):
+    for file in array_files(saved / "3"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        assert_equal(restore(saved), make_state(2))
+    assert "Checkpoint 3 is damaged" in caplog.text
+    # The damaged one is gone, so that the resumed run can save step 3 again.
+    checkpointer = Checkpointer(saved, keep=2)
+    checkpointer.save(make_state(3))
+    checkpointer.wait()
+    checkpointer.close()
+    assert_equal(restore(saved), make_state(3))
+
+
+def test_missing_files_are_noticed(saved):
+    for file in array_files(saved / "3"):
+        file.unlink()
+    assert_equal(restore(saved), make_state(2))
+
+
+def test_a_checksum_that_does_not_match_is_noticed(saved):
+    """A change that the storage library itself would read without complaint."""
+    metadata = next((saved / "3" / "checksums").glob("*"))
+    text = metadata.read_text()
+    first = text.split(": ")[1].split(",")[0].rstrip("}")
+    metadata.write_text(text.replace(first, "1", 1))
+    assert_equal(restore(saved), make_state(2))
+
+
+def test_if_all_are_damaged_the_run_stops_with_a_sentence(saved):
+    for step in ("2", "3"):
+        for file in array_files(saved / step):
+            file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* can be read .*step 3.*step 2"):
+        restore(saved)
+
+
+def test_another_tree_is_not_restored(saved):
+    checkpointer = Checkpointer(saved, keep=2)
+    other = make_state(0).replace(params={"other": jnp.zeros(3)})
+    with pytest.raises(CheckpointError):
+        checkpointer.restore(other)
+    checkpointer.close()
