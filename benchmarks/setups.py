@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pec_jax.config.schema import Config, ConfigError
+from pec_jax.config import Config, ConfigError
 from pec_jax.data.stream import PromptStream
 from pec_jax.distributed import mesh as sharding
 from pec_jax.profiling import aot as ahead

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.config.schema import ConfigError
+from pec_jax.config import ConfigError
 from pec_jax.families.pipeline import Pipeline
 from pec_jax.flow import schedule
 from pec_jax.flow.sampler import VelocityFn, guided

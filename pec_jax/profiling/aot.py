@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from pec_jax.config.schema import Config, ConfigError, unknown
+from pec_jax.config import Config, ConfigError, unknown
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed import mesh as sharding
 from pec_jax.families import published

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import setups, torch_functions, torch_models, torch_reference
-from pec_jax.config.schema import ConfigError, from_config_dict
+from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.flow import sampler
 from pec_jax.profiling import flops
 from pec_jax.rl import train_step as steps

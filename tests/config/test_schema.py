@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from pec_jax.config.schema import ConfigError, from_config_dict
+from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.config import schema as config_lib
 
 CONFIGS = ("base", "shapes_grpo", "shapes_grpo_kl", "shapes_pec", "shapes_study")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.config.schema import ConfigError, from_config_dict
+from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.rl import train_step as steps
 from pec_jax.rl.constraints import CONSTRAINTS
 from pec_jax.training import trainer as train_lib
