@@ -12,7 +12,6 @@ from absl import logging
 from tqdm import tqdm
 
 from pec_jax.errors import RunError
-from pec_jax.families import generation
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.families.pipeline import Pipeline, load_pipeline
 from pec_jax.flow.sampler import sample_final
@@ -66,7 +65,7 @@ def run(request: Request, out: Path) -> None:
         variant=request.variant,
         sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
     )
-    shape = generation.latent_size(pipeline, request.height, request.width)
+    shape = pipeline.latent_shape(request.height, request.width)
     count = len(request.prompts) * request.num_images
     noise = initial_latents(request, count, shape)
     variables = pipeline.transformer_variables
@@ -77,8 +76,8 @@ def run(request: Request, out: Path) -> None:
     logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
 
 
-def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -> Array:
-    """Unit Gaussian noise [N, h, w, C]; image i has the same noise whatever N is.
+def initial_latents(request: Request, count: int, shape: tuple[int, ...]) -> Array:
+    """Unit Gaussian noise [N, ..., C]; image i has the same noise whatever N is.
 
     Raises:
       ValueError: `init_latents` is not a .npy file of the right shape.
@@ -89,8 +88,7 @@ def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -
         )
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
     path = Path(request.init_latents).expanduser()
-    height, width, channels = shape
-    expected = (count, channels, height, width)
+    expected = (count, shape[-1], *shape[:-1])  # channels first, as torch has it
     try:
         stored = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -101,7 +99,7 @@ def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -
             f"floats of shape {expected}, or {(1, *expected[1:])} for the same start everywhere."
         )
     stored = np.broadcast_to(stored.astype(np.float32), expected)
-    return jnp.asarray(stored.transpose(0, 2, 3, 1))
+    return jnp.asarray(np.moveaxis(stored, 1, -1))
 
 
 def learned_variables(source: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
@@ -130,16 +128,15 @@ def learned_variables(source: Path, pipeline: Pipeline, *, use_ema: bool) -> PyT
 def draw(
     request: Request, pipeline: Pipeline, variables: PyTree, noise: Array
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
+    """Latents [N, ..., C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
     prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
     encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
     negative = jax.tree.map(lambda a: a[-1:], encoded)
-    sigmas = generation.sigmas(pipeline, request.num_steps, *noise.shape[1:3])
+    sigmas = pipeline.sigmas(request.num_steps, noise.shape[1:])
     guidance = request.guidance
     if guidance is None:
-        guidance = generation.usual_guidance(pipeline)
-    velocity = generation.guide_function(pipeline)(guidance, negative)
-    decode = generation.decode_function(pipeline)
+        guidance = pipeline.default_guidance
+    velocity = pipeline.guide(guidance, negative)
 
     @jax.jit
     def draw_batch(variables, vae, x_1: Array, conditioning: Conditioning, key: Array):
@@ -154,7 +151,7 @@ def draw(
             stochastic=(request.sampler != "ode",) * request.num_steps,
             key=key,
         )
-        return latents, decode(vae, latents)
+        return latents, pipeline.decode(vae, latents)
 
     variables, vae = jax.device_put((variables, pipeline.vae_variables))
     size = min(request.batch_size, len(prompt_of))
@@ -170,7 +167,7 @@ def draw(
 
 def save(out: Path, request: Request, latents: np.ndarray, images: np.ndarray) -> None:
     """Writes one PNG an image, the contact sheet and the latents."""
-    np.save(out / "latents.npy", latents.transpose(0, 3, 1, 2).astype(np.float32))
+    np.save(out / "latents.npy", np.moveaxis(latents, -1, 1).astype(np.float32))
     for number, image in enumerate(images):
         save_png(out / f"{number:05d}.png", to_picture(image))
     columns = min(request.num_images, MAX_GRID_COLUMNS)

@@ -23,10 +23,11 @@ from jax.sharding import Mesh
 from pec_jax.config.schema import Config, ConfigError, unknown
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed import mesh as sharding
-from pec_jax.families import published
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.families.pipeline import Pipeline
+from pec_jax.families.registry import published_pipelines
 from pec_jax.perception.encoders import Encoder, load_encoder
+from pec_jax.perception.published import ENCODERS
 from pec_jax.profiling import flops
 from pec_jax.profiling.chips import CHIPS, Chip, roofline
 from pec_jax.profiling.collectives import collectives
@@ -34,11 +35,9 @@ from pec_jax.rl import program as program_lib
 from pec_jax.rl.program import Frozen, Program, initial_state
 from pec_jax.rl.train_step import train_step
 from pec_jax.training import build as assemble
-from pec_jax.types import Batch, Conditioning, PyTree, TrainState
+from pec_jax.types import Batch, PyTree, TrainState
+from pec_jax.weights import published
 from pec_jax.weights.hub import model_directory
-from pec_jax.weights.tensors import read_json
-
-CLIP_LENGTH = 77  # tokens, of all published models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +111,15 @@ def abstract_step(
     mesh = sharding.make_mesh(config, devices)
     place = sharding.placement(mesh, config)
     with tempfile.TemporaryDirectory() as scratch:
-        pipeline, encoders, text = _architecture(config, place, Path(scratch))
+        pipeline, encoders = _architecture(config, place, Path(scratch))
     program = assemble.make_program(config, pipeline, encoders)
-    return mesh, program, *_arguments(config, program, pipeline, encoders, text, place)
+    return mesh, program, *_arguments(config, program, pipeline, encoders, place)
 
 
 def _architecture(
     config: Config, place: sharding.Placement, scratch: Path
-) -> tuple[Pipeline, dict[str, Encoder], int]:
-    """Networks and the shapes of their variables, and the number of text tokens."""
+) -> tuple[Pipeline, dict[str, Encoder]]:
+    """Networks and the shapes of their variables."""
     root = config_files(config.model.path, scratch / "pipeline", pipeline=True)
     pipeline = assemble.load_model(config, root, place, weights=False)
     encoders = {}
@@ -131,7 +130,7 @@ def _architecture(
         dtype = jnp.dtype(config.model.encoder_dtype)
         encoder = load_encoder(directory, dtype, sharding=place, weights=False)
         encoders[name] = encoder.without_text()
-    return pipeline, encoders, _text_length(config, pipeline, root)
+    return pipeline, encoders
 
 
 def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
@@ -147,28 +146,14 @@ def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
     """
     if name == "shapes" or Path(name).expanduser().exists():
         return pipeline_directory(name) if pipeline else model_directory(name)
-    entry = published.find(name)
-    if entry is None:
+    models = published_pipelines() if pipeline else ENCODERS
+    files = published.find(name, models)
+    if files is None:
         raise ConfigError(
             f"{name}: neither a directory nor one of the published models whose shapes are known, "
-            f"{', '.join(published.MODELS)}."
+            f"{', '.join(models)}."
         )
-    return published.write(entry, scratch)
-
-
-def _text_length(config: Config, pipeline: Pipeline, root: Path) -> int:
-    """Text tokens that the transformer sees."""
-    t5 = config.model.t5_length or pipeline.family.t5_length
-    part = next(name for name, tower in pipeline.family.towers.items() if tower == "t5")
-    t5 = min(t5, _tokenizer_length(root, part.replace("text_encoder", "tokenizer"), t5))
-    if pipeline.family.name == "flux":
-        return t5
-    return t5 + _tokenizer_length(root, "tokenizer", CLIP_LENGTH)
-
-
-def _tokenizer_length(root: Path, part: str, default: int) -> int:
-    path = root / part / "tokenizer_config.json"
-    return int(read_json(path).get("model_max_length", default)) if path.is_file() else default
+    return published.write(files, scratch)
 
 
 def _arguments(
@@ -176,7 +161,6 @@ def _arguments(
     program: Program,
     pipeline: Pipeline,
     encoders: dict[str, Encoder],
-    text_length: int,
     place: sharding.Placement,
 ) -> tuple[Arguments, TrainState]:
     """The step's arguments as shapes, and where its state lies."""
@@ -188,15 +172,14 @@ def _arguments(
     state = jax.tree.map(_placed, state, shardings)
     whole = place((), ())
     groups = sharding.over_groups(whole.mesh)
-    width = pipeline.transformer.config
-    conditioning = Conditioning(
-        tokens=_shape((config.batch.groups, text_length, width.joint_attention_dim), groups),
-        pooled=_shape((config.batch.groups, width.pooled_projection_dim), groups),
+    conditioning = jax.tree.map(
+        lambda a: _shape((config.batch.groups, *a.shape), groups, a.dtype),
+        pipeline.conditioning_shapes(),
     )
     frozen = Frozen(
         transformer=pipeline.transformer_variables,
         vae=pipeline.vae_variables,
-        negative=jax.tree.map(lambda a: _shape((1, *a.shape[1:]), whole), conditioning),
+        negative=jax.tree.map(lambda a: _shape((1, *a.shape[1:]), whole, a.dtype), conditioning),
         encoders={name: encoder.params for name, encoder in encoders.items()},
         rewards={
             name: jax.tree.map(lambda a: _shape(a.shape, whole, a.dtype), reward.params)

@@ -14,7 +14,7 @@ from flax import struct
 from pec_jax.config.schema import Config, TrainableConfig
 from pec_jax.distributed import mesh as sharding
 from pec_jax.distributed.mesh import Placement
-from pec_jax.families.generation import Guide
+from pec_jax.families.base import Guide
 from pec_jax.flow.transition import schedule_stds
 from pec_jax.models import lora
 from pec_jax.rewards.base import CombinedReward
@@ -57,7 +57,7 @@ class Program:
     optimizer: optax.GradientTransformation
     sigmas: np.ndarray  # [T + 1]
     stochastic: tuple[bool, ...]  # [T]
-    latent_shape: tuple[int, int, int]  # (h, w, C)
+    latent_shape: tuple[int, ...]  # of one image, such as (h, w, C)
 
     @property
     def trained_steps(self) -> np.ndarray:

@@ -23,9 +23,8 @@ from pec_jax.data import encode_prompts as embedding
 from pec_jax.data.embeddings import Embeddings, PromptTable
 from pec_jax.data.prompts import Prompt, load_prompts
 from pec_jax.distributed.mesh import Placement
-from pec_jax.families import generation
 from pec_jax.families.locate import pipeline_directory, prompt_file
-from pec_jax.families.pipeline import Pipeline, load_pipeline, transformer_boxes
+from pec_jax.families.pipeline import Pipeline, load_pipeline
 from pec_jax.flow import schedule
 from pec_jax.flow.transition import KERNELS, schedule_stds
 from pec_jax.models import lora
@@ -215,16 +214,16 @@ def make_program(config: Config, pipeline: Pipeline, encoders: dict[str, Encoder
         {k: v for k, v in config.rewards.items() if v != 0}, encoders
     )
     sampler = config.sampler
-    latent_shape = generation.latent_size(pipeline, config.model.height, config.model.width)
-    sigmas = generation.sigmas(pipeline, sampler.num_steps, *latent_shape[:2])
+    latent_shape = pipeline.latent_shape(config.model.height, config.model.width)
+    sigmas = pipeline.sigmas(sampler.num_steps, latent_shape)
     stochastic = schedule.stochastic_steps(
         sampler.num_steps, sampler.window or None, sampler.train_fraction
     )
     stds = schedule_stds(sigmas, sampler.kernel, sampler.noise_level)
     return Program(
         config=config,
-        guide=generation.guide_function(pipeline),
-        decode=generation.decode_function(pipeline),
+        guide=pipeline.guide,
+        decode=pipeline.decode,
         features={name: encoder.image_features for name, encoder in encoders.items()},
         spaces=perception_spaces(config),
         surprisal=surprisal_function(config, stds[np.flatnonzero(stochastic)]),
@@ -316,7 +315,7 @@ def trainable_params(config: Config, params: PyTree) -> PyTree:
 
 def trainable_axes(config: Config, pipeline: Pipeline, params: PyTree) -> PyTree:
     """The logical axes of what learns: a tree like `params`, with a tuple of names an array."""
-    axes = logical_axes(transformer_boxes(pipeline.transformer))
+    axes = logical_axes(pipeline.transformer_boxes())
     kernels = {path[1:]: names for path, names in axes.items() if path[0] == "params"}
     if config.trainable.mode == "full":
         return traverse_util.unflatten_dict(kernels)

@@ -28,7 +28,6 @@ from pec_jax.data.stream import repeat_groups
 from pec_jax.distributed import processes as hosts
 from pec_jax.distributed.mesh import over_batch, put_replicated
 from pec_jax.evaluation import metrics
-from pec_jax.families import generation
 from pec_jax.flow.likelihood import mean_and_error, output_log_prob
 from pec_jax.flow.sampler import sample_ode
 from pec_jax.perception.entropy import perceptual_variance, scale_features
@@ -41,7 +40,7 @@ from pec_jax.types import Array, Batch, PyTree
 def image_function(world: World, num_images: int) -> Callable[..., Array]:
     """(params, frozen, batch, key) -> images [P, num_images, H, W, 3] in [0, 1], by the ODE."""
     program, config = world.program, world.config.eval
-    sigmas = generation.sigmas(world.pipeline, config.num_steps, *program.latent_shape[:2])
+    sigmas = world.pipeline.sigmas(config.num_steps, program.latent_shape)
 
     def draw(params: PyTree, frozen: Frozen, batch: Batch, key: Array) -> Array:
         num_prompts = batch.prompt_ids.shape[0]
@@ -129,7 +128,7 @@ def entropy_function(world: World) -> Callable[[dict[str, Array]], dict[str, Arr
 def output_entropy_function(world: World) -> Callable[..., tuple[Array, Array]]:
     """(params, frozen, batch, key) -> entropy of the latents and its error, of P x N images."""
     program, config = world.program, world.config.eval
-    sigmas = generation.sigmas(world.pipeline, config.num_steps, *program.latent_shape[:2])
+    sigmas = world.pipeline.sigmas(config.num_steps, program.latent_shape)
 
     def entropy(params: PyTree, frozen: Frozen, batch: Batch, key: Array) -> tuple[Array, Array]:
         shape = batch.prompt_ids.shape[0], config.images_per_prompt

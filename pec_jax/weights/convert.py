@@ -3,7 +3,7 @@
 Modules are named as in torch, dots included, so the path of a leaf is its torch name:
 
 - `kernel` is torch's `weight`: [in, out] <- [out, in] of a linear layer, [kh, kw, in, out] <-
-  [out, in, kh, kw] of a convolution;
+  [out, in, kh, kw] of a convolution, of any number of axes;
 - `scale` (norms) and `embedding` are `weight`; every other leaf keeps its name and layout;
 - a module called `blocks.2:5` is a scanned run: its leaves are torch's layers blocks.2, blocks.3
   and blocks.4, stacked on a new first axis.
@@ -75,7 +75,7 @@ def leaves(variables: PyTree) -> Iterator[tuple[Leaf, Any]]:
             ndim = len(value.shape) - stacked
             axes = tuple(range(ndim))
             if leaf == "kernel":
-                axes = {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
+                axes = (*range(2, ndim), 1, 0)
             suffix = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
             names = tuple(f"{name}.{suffix}" if name else suffix for name in expand_runs(modules))
             logical = tuple(getattr(box, "names", (None,) * len(value.shape)))
