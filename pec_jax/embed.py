@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     for flag in (_PROMPTS, _OUT):
         if not flag.value:
             raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.data import encode_prompts as embedding  # imports jax; --help and typos need not wait for it
+    from pec_jax.data import (
+        encode_prompts as embedding,  # imports jax; --help and typos need not wait for it
+    )
 
     with exit_with_sentence():
         embedding.run(

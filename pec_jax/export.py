@@ -26,7 +26,9 @@ def main(argv: list[str]) -> None:
     for flag in (_WORKDIR, _KIND, _OUT):
         if not flag.value:
             raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.inference import export as exporting  # imports jax; --help and typos need not wait for it
+    from pec_jax.inference import (
+        export as exporting,  # imports jax; --help and typos need not wait for it
+    )
 
     with exit_with_sentence():
         exporting.run(

@@ -20,10 +20,14 @@ PyTree = Any
 
 @struct.dataclass
 class Conditioning:
-    """What a velocity model is conditioned on: the text, already encoded."""
+    """What a velocity model is conditioned on: the text, already encoded.
+
+    A family that has no use for a field leaves it None, and it is then no leaf of the tree.
+    """
 
     tokens: Array  # [..., L, D] text token embeddings
-    pooled: Array  # [..., Dp]   pooled text embedding
+    pooled: Array | None = None  # [..., Dp] pooled text embedding
+    mask: Array | None = None  # [..., L] bool, False at padding; None: padding is read as text
 
 
 @struct.dataclass

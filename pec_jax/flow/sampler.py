@@ -29,7 +29,7 @@ class StepLogProb(NamedTuple):
     """What a policy says of steps already taken; float32."""
 
     logp: Float[Array, " n"]  # log-density, mean over dimensions; 0 where the step had no noise
-    mean: Float[Array, "n *latent"]  # of the kernel
+    mean: Float[Array, "n ..."]  # of the kernel
     std: Float[Array, "..."]  # of the kernel; broadcasts with the mean
 
 
@@ -124,7 +124,7 @@ class FlowSampler:
     def sample(
         self,
         velocity: Velocity,
-        x_1: Float[Array, "n *latent"],
+        x_1: Float[Array, "n ..."],
         key: Key[Array, "..."],
         *,
         keep_predictions: bool = False,
@@ -154,8 +154,8 @@ class FlowSampler:
         )
 
     def final(
-        self, velocity: Velocity, x_1: Float[Array, "n *latent"], key: Key[Array, "..."] | None
-    ) -> Float[Array, "n *latent"]:
+        self, velocity: Velocity, x_1: Float[Array, "n ..."], key: Key[Array, "..."] | None
+    ) -> Float[Array, "n ..."]:
         """The final latents, float32, without keeping the paths.
 
         Args: as for `sample`; without stochastic steps `key` is not read and may be None.

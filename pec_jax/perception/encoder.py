@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pec_jax.perception.networks import Networks
 
 
-def unit(features: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+def unit(features: Float[Array, "... d"]) -> Float[Array, "... d"]:
     """Features over their Euclidean norm, f / ||f||.
 
     A zero vector stays zero, with a finite gradient.

@@ -1,4 +1,4 @@
-"""Encoders from Hugging Face directories: CLIP models (PickScore is one), ViTs such as DINO, DINOv2.
+"""Encoders from Hugging Face directories: CLIP (PickScore is one), ViTs such as DINO, DINOv2.
 
 A directory holds weights, `preprocessor_config.json` and, for CLIP, a tokenizer. Features are given
 as the model gives them.

@@ -62,9 +62,7 @@ class Networks:
             self._encoders[key] = encoder
         return self._encoders[key]
 
-    def load(
-        self, directory: Path, module: Any, *example: Any, ignore: Sequence[str] = ()
-    ) -> str:
+    def load(self, directory: Path, module: Any, *example: Any, ignore: Sequence[str] = ()) -> str:
         """Loads `model.safetensors` into a linen module of one's own.
 
         Args:

@@ -75,8 +75,8 @@ def surprisal_function(
     spaces, known = shares(config), estimators(config, step_std)
     if config.estimator not in known:
         raise ConfigError(
-            "config.perception.bandwidth is 0, the policy's own std, but the policy's steps have no "
-            "noise: give a bandwidth, or take another config.perception.estimator."
+            "config.perception.bandwidth is 0, the policy's own std, but its steps have no noise: "
+            "give a bandwidth, or take another config.perception.estimator."
         )
     estimate = known[config.estimator]
 

@@ -1,4 +1,4 @@
-"""The rule-based judge of the shapes world as a reward: the share of named attributes that are right."""
+"""The rule-based judge of the shapes world as a reward."""
 
 from __future__ import annotations
 

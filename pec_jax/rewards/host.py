@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np

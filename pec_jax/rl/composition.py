@@ -146,9 +146,7 @@ class Constraints:
         return found
 
     def _bonuses(self, states: States, signals: Signals) -> dict[str, PerSample]:
-        return {
-            c.name: c.bonus(options, states[c.name], signals) for c, options in self if c.bonus
-        }
+        return {c.name: c.bonus(options, states[c.name], signals) for c, options in self if c.bonus}
 
 
 def _group_std(x: Array) -> Array:

@@ -61,7 +61,7 @@ class Actor:
     def sample(
         self,
         params: PyTree,
-        x_1: Float[Array, "n *latent"],
+        x_1: Float[Array, "n ..."],
         keys: Key[Array, " n"],
         *,
         paths: bool = True,
@@ -89,4 +89,3 @@ def bind(trainable: TrainableConfig, params: PyTree, transformer: PyTree) -> PyT
     if trainable.mode == "full":
         return {**transformer, "params": params}
     return {**transformer, "lora": lora.scaled(params, trainable.alpha, trainable.rank)}
-

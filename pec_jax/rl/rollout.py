@@ -59,9 +59,7 @@ def rollout(
     def draw(chunk):  # some images of every group: [P, k, ...]
         x_1, keys = chunk
         images = x_1.shape[1]
-        actor = drawing.policy.before(
-            frozen, over_batch(repeat_groups(batch.conditioning, images))
-        )
+        actor = drawing.policy.before(frozen, over_batch(repeat_groups(batch.conditioning, images)))
         drawn = actor.sample(
             params,
             over_batch(x_1.reshape(-1, *shape)),

@@ -94,9 +94,7 @@ def score(
         "entropy/perceptual": jnp.mean(surprisal),
         "diversity/variance_reward": jnp.mean(jnp.var(rewards, axis=1)),
         "diversity/variance_perceptual": _unit_variance(scorer, scored["features"]),
-        "diversity/variance_latent": jnp.mean(
-            perceptual_variance(x_0.reshape(*x_0.shape[:2], -1))
-        ),
+        "diversity/variance_latent": jnp.mean(perceptual_variance(x_0.reshape(*x_0.shape[:2], -1))),
         "diversity/variance_pixel": _pixel_variance(scored["levels"]),
     }
     if scorer.at_steps is not None:
@@ -106,7 +104,7 @@ def score(
 
 
 def decode(
-    scorer: Scorer, frozen: Frozen, latents: Float[Array, "p k *latent"]
+    scorer: Scorer, frozen: Frozen, latents: Float[Array, "p k ..."]
 ) -> Float[Array, "p k h w 3"]:
     """Latents to images in [0, 1]."""
     flat = over_batch(latents.reshape(-1, *latents.shape[2:]))

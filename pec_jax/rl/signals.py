@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 PERCEPTUAL, LATENT = "perceptual", "latent"
 RAW, REWARD_STD = "raw", "reward_std"

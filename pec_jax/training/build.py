@@ -22,9 +22,9 @@ from pec_jax.data import encode_prompts
 from pec_jax.data.embeddings import Embeddings, PromptTable
 from pec_jax.data.prompts import Prompt, load_prompts
 from pec_jax.distributed.mesh import Placement
-from pec_jax.families import generation
+from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory, prompt_file
-from pec_jax.families.pipeline import Pipeline, load_pipeline, transformer_boxes
+from pec_jax.families.pipeline import load_pipeline
 from pec_jax.flow.sampler import FlowSampler
 from pec_jax.flow.schedule import stochastic_steps
 from pec_jax.models import lora
@@ -215,7 +215,7 @@ def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
     if config.perception.at == "steps":
         at_steps = tuple(int(step) for step in policy.sampler.trained_steps)
     scorer = Scorer(
-        decode=generation.decode_function(pipeline),
+        decode=pipeline.decode,
         reward=judges.rewards.trained(),
         spaces={name: space for name, space in judges.spaces.items() if space.share},
         surprisal=surprisal_function(config.perception, policy.sampler.step_std()),
@@ -240,19 +240,16 @@ def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
 def make_policy(config: Config, pipeline: Pipeline) -> Policy:
     """The pipeline with the rollout's sampler."""
     sampler = config.sampler
-    shape = generation.latent_size(pipeline, config.model.height, config.model.width)
-    stochastic = stochastic_steps(
-        sampler.num_steps, sampler.window or None, sampler.train_fraction
-    )
+    shape = pipeline.latent_shape(config.model.height, config.model.width)
+    stochastic = stochastic_steps(sampler.num_steps, sampler.window or None, sampler.train_fraction)
     flow = FlowSampler(
-        sigmas=generation.sigmas(pipeline, sampler.num_steps, *shape[:2]),
+        sigmas=pipeline.sigmas(sampler.num_steps, shape),
         kernel=sampler.kernel,
         noise_level=sampler.noise_level,
         stochastic=stochastic if sampler.kernel != "ode" else (),
         storage_dtype=jnp.dtype(sampler.storage_dtype),
     )
-    guide = generation.guide_function(pipeline)
-    return Policy(guide, sampler.guidance, config.trainable, flow, shape)
+    return Policy(pipeline.guide, sampler.guidance, config.trainable, flow, shape)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -280,7 +277,7 @@ def trainable_params(config: Config, params: PyTree) -> PyTree:
 
 def trainable_axes(config: Config, pipeline: Pipeline, params: PyTree) -> PyTree:
     """The logical axes of what learns: a tree like `params`, with a tuple of names per array."""
-    axes = logical_axes(transformer_boxes(pipeline.transformer))
+    axes = logical_axes(pipeline.transformer_boxes())
     kernels = {path[1:]: names for path, names in axes.items() if path[0] == "params"}
     if config.trainable.mode == "full":
         return traverse_util.unflatten_dict(kernels)

@@ -30,7 +30,6 @@ from pec_jax.data.stream import repeat_groups
 from pec_jax.distributed import processes
 from pec_jax.distributed.mesh import over_batch, put_replicated
 from pec_jax.evaluation import metrics
-from pec_jax.families import generation
 from pec_jax.flow.likelihood import mean_and_error, output_log_prob
 from pec_jax.flow.sampler import FlowSampler
 from pec_jax.perception.entropy import perceptual_variance, scale_features
@@ -43,7 +42,7 @@ from pec_jax.types import Batch, Frozen, PyTree
 def evaluation_policy(experiment: Experiment) -> Policy:
     """The policy as it is evaluated: by the ODE, with its own steps and guidance."""
     config, policy = experiment.config.eval, experiment.program.learner.policy
-    sigmas = generation.sigmas(experiment.pipeline, config.num_steps, *policy.latent_shape[:2])
+    sigmas = experiment.pipeline.sigmas(config.num_steps, policy.latent_shape)
     return dataclasses.replace(policy, guidance=config.guidance, sampler=FlowSampler(sigmas))
 
 
@@ -56,7 +55,8 @@ def image_function(experiment: Experiment, num_images: int) -> Callable[..., Arr
         x_1 = jax.random.normal(key, (num_prompts * num_images, *policy.latent_shape))
         conditioning = over_batch(repeat_groups(batch.conditioning, num_images))
         actor = policy.before(frozen, conditioning)
-        images = decode(frozen.vae, policy.sampler.final(actor.velocity(params), over_batch(x_1), None))
+        latents = policy.sampler.final(actor.velocity(params), over_batch(x_1), None)
+        images = decode(frozen.vae, latents)
         return images.reshape(num_prompts, num_images, *images.shape[1:])
 
     return draw
@@ -109,7 +109,9 @@ class Evaluator:
         return images[: len(table), : self._config.sample_columns]
 
     def _batch(self, table: PromptTable, start: int) -> Batch:
-        ids = np.arange(start, start + self._config.groups) % len(table)  # the last batch wraps around
+        ids = np.arange(start, start + self._config.groups) % len(
+            table
+        )  # the last batch wraps around
         return put_replicated(table.gather(ids), self._mesh)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pec_jax.config import Config, ConfigError, from_config_dict
 from pec_jax.errors import RunError
-from pec_jax.families.pipeline import Pipeline
+from pec_jax.families.base import Pipeline
 from pec_jax.rl.train_step import initial_state
 from pec_jax.training import build
 from pec_jax.training.checkpoint import Checkpointer

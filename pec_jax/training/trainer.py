@@ -83,9 +83,7 @@ def train(
         return run.loop(stop)
 
 
-def prepare_directory(
-    directory: Path, config: schema.Config, allow_config_change: bool
-) -> Path:
+def prepare_directory(directory: Path, config: schema.Config, allow_config_change: bool) -> Path:
     """Makes the run directory, or checks that the one there belongs to this config.
 
     Raises:
@@ -120,7 +118,8 @@ class _Run:
         self._frozen = mesh_lib.put_replicated(experiment.frozen, mesh)
         self._key = mesh_lib.put_replicated(stream_key(config, TRAIN_STREAM), mesh)
         self._stream = PromptStream(
-            len(experiment.tables["train"]), config.batch.groups, config.seed)
+            len(experiment.tables["train"]), config.batch.groups, config.seed
+        )
         self._initial_state = experiment.program.initial_state
         self._shardings = mesh_lib.state_shardings(
             jax.eval_shape(self._initial_state, experiment.params),

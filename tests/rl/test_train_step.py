@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pec_jax.rl.program import bind, initial_state
 
 from pec_jax.config.schema import from_config_dict
 from pec_jax.flow.sampler import step_log_prob
@@ -19,7 +20,6 @@ from pec_jax.rl import train_step as steps
 from pec_jax.rl import update as updates
 from pec_jax.rl.advantages import group_advantages
 from pec_jax.rl.constraints import get_constraint
-from pec_jax.rl.program import bind, initial_state
 from pec_jax.training.build import make_world
 from tests.conftest import small_config_dict
 

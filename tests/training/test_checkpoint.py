@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from pec_jax.rl.program import initial_state
+
 from pec_jax.training.checkpoint import Checkpointer, CheckpointError
 
 

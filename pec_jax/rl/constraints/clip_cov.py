@@ -30,9 +30,7 @@ class ClipCovOptions:
             )
 
 
-def pick_from_band(
-    options: ClipCovOptions, signals: Signals, key: Array
-) -> Bool[Array, "... p k"]:
+def pick_from_band(options: ClipCovOptions, signals: Signals, key: Array) -> Bool[Array, "... p k"]:
     """A random share of the samples whose covariance lies in the band.
 
     Source: Cui et al. 2025 (arXiv 2505.22617), Clip-Cov.

@@ -39,9 +39,7 @@ class EntropyRegOptions:
             )
 
 
-def entropy_bonus(
-    options: EntropyRegOptions, state: State, signals: Signals
-) -> Float[Array, ""]:
+def entropy_bonus(options: EntropyRegOptions, state: State, signals: Signals) -> Float[Array, ""]:
     """-lambda H.
 
     gradient "score": H = mean w (s - mean_group s), s = -logp or the perceptual surprisal, without

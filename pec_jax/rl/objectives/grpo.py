@@ -61,7 +61,10 @@ class Grpo(Objective):
         path = rollout.trajectory
         assert path.x_t is not None and path.x_next is not None and path.logp is not None
         return Samples(
-            steps={"sigma": jnp.asarray(sigmas[steps]), "sigma_next": jnp.asarray(sigmas[steps + 1])},
+            steps={
+                "sigma": jnp.asarray(sigmas[steps]),
+                "sigma_next": jnp.asarray(sigmas[steps + 1]),
+            },
             taken={"x_t": path.x_t[steps], "x_next": path.x_next[steps], "logp": path.logp[steps]},
             images=(),
         )

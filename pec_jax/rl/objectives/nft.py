@@ -1,4 +1,4 @@
-"""DiffusionNFT: no log-probs, no paths; good and bad images are contrasted in the forward process."""
+"""DiffusionNFT: good and bad images contrasted in the forward process, without log-probs."""
 
 from __future__ import annotations
 
