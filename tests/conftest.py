@@ -1,10 +1,14 @@
-"""Fixtures that several tests share: a small config on the embedded model, and its world."""
+"""Fixtures that several tests share: a small config on the embedded model, and what it builds."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +29,25 @@ def _take_a_share_of_the_cores():
 
 
 _take_a_share_of_the_cores()  # before jax counts them
+
+
+def on_eight_devices(function: Callable[[], Any]) -> Any:
+    """What a function of a test module returns, as JSON, in a process that has 8 CPU devices."""
+    path = Path(function.__code__.co_filename).relative_to(ROOT).with_suffix("")
+    module = ".".join(path.parts)
+    code = f"import json, {module} as m; print(json.dumps(m.{function.__name__}()))"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,9 +88,9 @@ def small_config():
 
 
 @pytest.fixture(scope="session")
-def world():
+def experiment():
     """The embedded model, loaded once, under the small config."""
     from pec_jax.config.schema import from_config_dict
-    from pec_jax.training.build import make_world
+    from pec_jax.training.build import build
 
-    return make_world(from_config_dict(small_config_dict()))
+    return build(from_config_dict(small_config_dict()))
