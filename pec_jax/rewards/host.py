@@ -61,7 +61,8 @@ def host_reward(name: str, function: HostFunction) -> Reward:
     """
 
     def call(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        images = np.asarray(images)
+        # JAX arrays, on which NumPy would run JAX's functions; those may wait for this very step.
+        images, rows = np.asarray(images), np.asarray(rows)
         groups, size = images.shape[:2]
         flat = images.reshape(-1, *images.shape[2:])
         scores = np.asarray(function(flat, decode_prompts(np.repeat(rows, size, axis=0))))

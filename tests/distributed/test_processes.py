@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pec_jax.config.registry import REWARDS
 from pec_jax.distributed import processes as hosts
 from pec_jax.errors import RunError
 from pec_jax.inference import export as exporting
 
 ROOT = Path(__file__).parents[2]
 MAIN = ("-m", "pec_jax.main")
-HOST_REWARD = (str(Path(__file__).with_name("host_reward_program.py")),)
+HOST_REWARD = ("-c", "import tests.distributed.redness, pec_jax.main as m; m.run()")
 OVERRIDES = {
     "num_iterations": 3,
     "trainable.rank": 4,
@@ -60,7 +62,6 @@ def start(workdir: Path, count: int, program=MAIN, **changes) -> list[subprocess
     ]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),  # a script's own directory would be searched instead
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         # Runs on as many processes share what they compile.
@@ -140,8 +141,10 @@ def test_several_processes_compute_what_one_does(tmp_path, alone, count):
     assert_same_run(workdir, alone)
 
 
-def test_a_host_reward_of_several_processes_is_that_of_one(tmp_path):
+def test_a_host_reward_of_several_processes_is_that_of_one(tmp_path, monkeypatch):
     """Each process asks its own function about its own groups."""
+    monkeypatch.setattr(REWARDS, "_entries", {name: REWARDS[name] for name in REWARDS})
+    importlib.import_module("tests.distributed.redness")  # for who reads the runs' configs
     changes = {"num_iterations": 2, "rewards.redness.weight": 2.0}
     runs = [tmp_path / "one" / "run", tmp_path / "two" / "run"]
     for count, workdir in enumerate(runs, start=1):

@@ -1,10 +1,9 @@
-"""Run by test_processes.py: `pec_jax.main` with a host reward of a user's own."""
+"""A host reward of a user's own, imported by the processes of test_processes.py."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pec_jax import main
 from pec_jax.rewards import register
 from pec_jax.rewards.host import host_reward
 
@@ -19,7 +18,3 @@ def make(options, networks):
         return wanted * (red - rest) / 255
 
     return host_reward("redness", judge)
-
-
-if __name__ == "__main__":
-    main.run()
