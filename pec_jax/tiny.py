@@ -15,12 +15,13 @@ from typing import Any
 
 from absl import app, flags
 
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax import command_line
+from pec_jax.errors import exit_with_sentence
 
 FAMILIES = ("sd3", "flux")
 
 _FAMILY = flags.DEFINE_enum("family", "sd3", FAMILIES, "Kind of pipeline.")
-_OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist.")
+_OUT = command_line.required_string("out", "Directory to write; it must not exist.")
 _CONFIG = flags.DEFINE_string(
     "transformer", "{}", 'JSON object of transformer config entries, such as {"num_layers": 3}.'
 )
@@ -179,10 +180,7 @@ def _make_flux_parts(root: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Parses, writes; a mistake of the user becomes one sentence and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}.")
-    if not _OUT.value:
-        raise app.UsageError("--out is missing; see --help.")
+    command_line.refuse_arguments(argv)
     try:
         config = json.loads(_CONFIG.value)
     except json.JSONDecodeError as error:
@@ -193,5 +191,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    app.run(main)
+    command_line.run(main)
