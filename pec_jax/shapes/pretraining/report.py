@@ -49,6 +49,7 @@ class Painter:
     @classmethod
     def of(cls, directory: Path) -> Painter:
         pipeline = load_pipeline(directory)
+        assert pipeline.text is not None  # the embedded pipeline has its text encoders
         return cls(pipeline, jax.tree.map(jnp.asarray, pipeline.text.encode([""])))
 
     @functools.cached_property
@@ -59,6 +60,7 @@ class Painter:
 
     def __call__(self, prompts: list[str], key: jax.Array, steps: int, guidance: float):
         """Images [N, 32, 32, 3] in [0, 1] of N prompts, by the probability-flow ODE."""
+        assert self.pipeline.text is not None
         text = jax.tree.map(jnp.asarray, self.pipeline.text.encode(prompts))
         return _paint(self, self._variables, text, self.negative, key, steps, guidance)
 
@@ -82,7 +84,7 @@ def _paint(painter: Painter, variables, text, negative, key, steps: int, guidanc
     field = sampler.guided(velocity, guidance, negative)
     latents = sampler.sample_ode(field, variables[0], noise, text, sigmas=jnp.asarray(sigmas))
     latents = unscale_latents(pipeline.vae.config, latents)
-    images = pipeline.vae.apply(variables[1], latents, method="decode")
+    images: Any = pipeline.vae.apply(variables[1], latents, method="decode")
     return jnp.clip(0.5 * images + 0.5, 0.0, 1.0)
 
 
