@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax import command_line
+from pec_jax.errors import exit_with_sentence
 
 _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
@@ -20,7 +21,9 @@ _LORA = flags.DEFINE_string(
     "lora", None, "A run directory (its newest checkpoint), or a LoRA file of diffusers or PEFT."
 )
 _USE_EMA = flags.DEFINE_bool("use_ema", True, "Of a run: averaged parameters, not the last.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more prompts.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "What to draw; give it again for more prompts.", required=True
+)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance steers away from.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Images a prompt.", lower_bound=1)
 _HEIGHT = flags.DEFINE_integer("height", 0, "Pixels; 0 is the model's own size.", lower_bound=0)
@@ -42,23 +45,17 @@ _INIT_LATENTS = flags.DEFINE_string(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images drawn at once.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "Directory to write to.")
+_OUT = command_line.required_string("out", "Directory to write to.")
 
 
 def main(argv: list[str]) -> None:
     """Parses, samples; a mistake of the user becomes one sentence and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; quote the prompt.")
-    for flag in (_PROMPT, _OUT):
-        if not flag.value:
-            raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.inference import (
-        draw as sampling,  # imports jax; --help and typos need not wait for it
-    )
+    command_line.refuse_arguments(argv, hint=" Quote the prompt.")
+    from pec_jax.inference import draw  # imports jax; --help and typos need not wait
 
     with exit_with_sentence():
-        sampling.run(
-            sampling.Request(
+        draw.run(
+            draw.Request(
                 model=_MODEL.value,
                 lora=_LORA.value,
                 use_ema=_USE_EMA.value,
@@ -83,5 +80,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    app.run(main)
+    command_line.run(main)
