@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # `configs` is not a part of the installed package
+sys.path.insert(0, str(ROOT))  # neither `tests` nor `configs` is an installed package
+
+
+# All but pec_jax.types, whose trees hold shardings and shapes as well as arrays.
+CHECKED = [
+    f"pec_jax.{path.name}"
+    for path in (ROOT / "pec_jax").iterdir()
+    if path.is_dir() and (path / "__init__.py").exists()
+]
+
+
+def _check_annotations():
+    """Array shapes and types in annotations are checked while tests run.
+
+    jaxtyping takes the checker by the name of a module; pytest imports ours under names of its own.
+    """
+    module = types.ModuleType("pec_jax_typechecking")
+    # An int is a float, as PEP 484 has it.
+    module.checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+    sys.modules[module.__name__] = module
+    install_import_hook(CHECKED, f"{module.__name__}.checked")
+
+
+_check_annotations()  # before pec_jax is imported
 
 
 def _take_a_share_of_the_cores():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-
-Array = jax.Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 
 def policy_loss(
-    logp: Array,
-    logp_old: Array,
-    advantages: Array,
-    clip_low: float | Array,
-    clip_high: float | Array,
-) -> tuple[Array, dict[str, Array]]:
+    logp: Float[ArrayLike, "..."],
+    logp_old: Float[ArrayLike, "..."],
+    advantages: Float[ArrayLike, "..."],
+    clip_low: Float[ArrayLike, ""],
+    clip_high: Float[ArrayLike, ""],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """PPO's clipped surrogate, averaged over all samples.
 
     mean max(-A r, -A clip(r, 1 - e_low, 1 + e_high)), r = exp(logp - logp_old)
@@ -37,12 +37,12 @@ def policy_loss(
 
 
 def clipped_surrogate(
-    logp: Array,
-    logp_old: Array,
-    advantages: Array,
-    clip_low: float | Array,
-    clip_high: float | Array,
-) -> Array:
+    logp: Float[ArrayLike, "..."],
+    logp_old: Float[ArrayLike, "..."],
+    advantages: Float[ArrayLike, "..."],
+    clip_low: Float[ArrayLike, ""],
+    clip_high: Float[ArrayLike, ""],
+) -> Float[Array, "..."]:
     """The loss of each sample in `policy_loss`.
 
     Args: as for `policy_loss`.
@@ -61,8 +61,11 @@ def clipped_surrogate(
 
 
 def ratio_metrics(
-    logp: Array, logp_old: Array, clip_low: float | Array, clip_high: float | Array
-) -> dict[str, Array]:
+    logp: Float[ArrayLike, "..."],
+    logp_old: Float[ArrayLike, "..."],
+    clip_low: Float[ArrayLike, ""],
+    clip_high: Float[ArrayLike, ""],
+) -> dict[str, Float[Array, ""]]:
     """What the importance ratios r look like.
 
     Args: as for `policy_loss`.

@@ -21,7 +21,7 @@ def _logp(params):
     keys = jax.random.split(jax.random.key(0), 2)
     x_t, x_next = (jax.random.normal(k, (4, 2, 2, 3)) for k in keys)
     sampler = FlowSampler(np.asarray([1.0, 0.95, 0.0]), "flow_sde", 0.7, (True, True))
-    taken = Transition(x_t, x_next, sigma=0.9, sigma_next=0.85)
+    taken = Transition(x_t, x_next, jnp.float32(0.9), jnp.float32(0.85))
     return sampler.log_prob(lambda x, sigma: jnp.tanh(x @ params), taken).logp
 
 
