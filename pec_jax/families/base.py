@@ -146,7 +146,7 @@ class Pipeline(abc.ABC):
 
     @abc.abstractmethod
     def conditioning_shapes(self) -> Conditioning:
-        """The conditioning of one prompt as `jax.ShapeDtypeStruct`s, from `text_lengths`."""
+        """The conditioning of one prompt, with shapes for arrays, from `text_lengths`."""
 
     # What a family may change.
 
@@ -250,6 +250,6 @@ class Pipeline(abc.ABC):
         return self.transformer_network.boxes(self.transformer)
 
 
-def per_mille(scalar: float | Array, x_t: Array) -> Array:
-    """1000 times a scalar or [N], as [N] fp32: how networks take sigma and guidance scale."""
+def timesteps(scalar: float | Array, x_t: Array) -> Array:
+    """A noise level or guidance scale, scalar or [N], as networks take it: times 1000, [N] fp32."""
     return jnp.broadcast_to(jnp.asarray(scalar, jnp.float32) * 1000.0, x_t.shape[:1])
