@@ -51,8 +51,8 @@ class Pipeline(abc.ABC):
        small config for tests, and `make_tiny_parts` where the other parts are not SD3's.
 
     `tests/families` holds what every family is tested with: its network and its latents after ten
-    steps against diffusers, and a whole run at tiny size. `tests/families/film.py` is a family of
-    a few dozen lines, with a mask, no pooled text and latents of rank 4.
+    steps against diffusers, and a whole run at tiny size. `tests/families/film.py` is a whole
+    family of a hundred lines, with a mask, no pooled text and latents [frames, h, w, C].
 
     Attributes:
         transformer: the velocity field.
