@@ -89,7 +89,8 @@ class EmbeddingStore:
     def gather(self, rows: np.ndarray) -> Conditioning:
         """The embeddings of some rows [N], NumPy arrays, fp32 but for a mask."""
         read = [self._read(int(row)) for row in rows]
-        return Conditioning(**{name: np.stack([r[name] for r in read]) for name in read[0]})
+        fields: dict[str, Any] = {name: np.stack([r[name] for r in read]) for name in read[0]}
+        return Conditioning(**fields)
 
     def _read(self, row: int) -> dict[str, np.ndarray]:
         """The fields of one prompt's conditioning that its file has."""

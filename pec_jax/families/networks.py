@@ -43,7 +43,7 @@ class Network:
     class_name: str
     module: Callable[..., nn.Module]
     config: Any
-    inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
+    inputs: Callable[[Any], tuple[Any, ...]]
     buffers: Callable[[Any], PyTree] = lambda module: {}
 
     def boxes(self, module: Any) -> PyTree:
@@ -55,12 +55,12 @@ class Network:
         return unbox(self.boxes(module))
 
 
-def float_shape(*sizes: int) -> jax.ShapeDtypeStruct:
-    """The shape of a float32 array."""
+def float_shape(*sizes: int) -> Any:
+    """A `jax.ShapeDtypeStruct` that stands for a float32 array."""
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
-def _image_inputs(config: VAEConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _image_inputs(config: VAEConfig) -> tuple[Any, ...]:
     return (float_shape(1, config.scale_factor, config.scale_factor, config.in_channels),)
 
 
