@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from pec_jax.evaluation import figures, table
 from pec_jax.evaluation.report import write_report
 from pec_jax.evaluation.run_table import BASE, Run, find_runs, rows_of_runs
+from pec_jax.evaluation.steps import read_steps
 from pec_jax.evaluation.table import Row
-from pec_jax.training.metric_writer import read_steps, write_bytes, write_text
+from pec_jax.training.metric_writer import write_bytes, write_text
 
 
 def compare_csv(path: Path, out: Path) -> list[Row]:
