@@ -3,9 +3,9 @@
     python launch/sweep.py --config=configs/shapes_pec.py --runs=runs/weights \\
         --config.constraints.pec.weight=0.5,1,2 --config.seed=0,1,2
 
-Finished runs are passed over and interrupted ones go on from their checkpoints, so that the same
-command may be killed and given again at any time. `--print` shows one command a job instead, for
-the queue of a cluster. A value that itself holds commas goes in brackets or quotes: (0.5,1.0).
+Finished runs are skipped and interrupted ones resume from their checkpoints, so the same command
+can be killed and rerun at any time. `--print` shows one command per job instead, for the queue of
+a cluster. A value that itself holds commas goes in brackets or quotes: (0.5,1.0).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from absl import app, flags
 from pec_jax.errors import exit_with_sentence, quiet_libraries
 
 _TABLE = flags.DEFINE_string(
-    "table", None, "A csv with the columns method, quality/*, diversity/*."
+    "table", None, "Csv file with the columns method, quality/* and diversity/*."
 )
 _OUT = flags.DEFINE_string("out", None, "Directory to write to.")
 

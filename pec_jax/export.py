@@ -15,8 +15,10 @@ from pec_jax.errors import exit_with_sentence, quiet_libraries
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose newest checkpoint is exported.")
 _KIND = flags.DEFINE_string("kind", None, "What to write: lora or transformer.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write to: new, empty or an earlier export.")
-_USE_EMA = flags.DEFINE_bool("use_ema", True, "The averaged parameters, not the last.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors written.")
+_USE_EMA = flags.DEFINE_bool("use_ema", True, "Export the averaged parameters, not the last ones.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Type of the tensors written."
+)
 
 
 def main(argv: list[str]) -> None:

@@ -21,7 +21,7 @@ _OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist."
 _CONFIG = flags.DEFINE_string(
     "transformer", "{}", 'JSON object of transformer config entries, such as {"num_layers": 3}.'
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random weights.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the random weights.")
 
 
 def main(argv: list[str]) -> None:

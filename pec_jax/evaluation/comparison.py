@@ -23,7 +23,7 @@ def compare_csv(path: Path, out: Path) -> list[Row]:
         The normalised rows.
 
     Raises:
-        RunError: sentences for a person.
+        RunError: as `table.rows_from_csv` and `table.normalise`.
     """
     rows = table.normalise(table.rows_from_csv(path))
     drawn = {"quality_diversity": figures.quality_diversity(rows)}
@@ -38,7 +38,7 @@ def compare_runs(directories: Sequence[Path], out: Path) -> list[Row]:
         The normalised rows, that of the base model first.
 
     Raises:
-        RunError: sentences for a person.
+        RunError: as `run_table.find_runs`, `run_table.rows_of_runs` and `table.normalise`.
     """
     found = rows_of_runs(find_runs(directories))
     rows = table.normalise([row for row, _ in found])

@@ -1,4 +1,4 @@
-"""Rows of the table from run directories: one row a config, one value a seed."""
+"""Rows of the table from run directories: one row per config, one value per seed."""
 
 from __future__ import annotations
 
