@@ -1,4 +1,4 @@
-"""Flow-GRPO of FLUX.1-dev with a perceptual entropy constraint: the cure.
+"""Flow-GRPO of FLUX.1-dev with a perceptual entropy constraint.
 
 Paper: arXiv 2605.12112, Table 1, row "PEC", space PickScore, weight 0.05: PickScore .226 -> .240,
     diversity (normalised) .753 -> .626, overall .734, against .047 and .366 of Flow-GRPO.

@@ -1,4 +1,4 @@
-"""Flow-GRPO of Stable Diffusion 3.5 Medium with a perceptual entropy constraint: the cure.
+"""Flow-GRPO of Stable Diffusion 3.5 Medium with a perceptual entropy constraint.
 
 Paper: arXiv 2605.12112, Table 1, row "PEC", space PickScore, weight 0.05 (there of FLUX.1-dev).
 Expected: the paper has, on FLUX.1-dev, an overall score of 0.734 against Flow-GRPO's 0.366; of

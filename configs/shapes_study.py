@@ -1,6 +1,6 @@
 """What all runs of the study on the embedded shapes model have in common: Flow-GRPO, plain.
 
-Paper: arXiv 2605.12112, Table 1, at the scale of a laptop. `launch/study.py` turns one constraint on.
+Paper: arXiv 2605.12112, Table 1, at the scale of a laptop. `launch/study.py` turns one on.
 Two updates per iteration, as Flow-GRPO has it: at the first one all ratios are 1, so that clipping
 and every method built on it act on the second alone.
 Clip range: a log-ratio is a mean over the D latent dimensions, so that one and the same change of
