@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "transformers>=5.10,<6",  # tokenizers; older ones have remote-code holes
     "sentencepiece>=0.2.1,<0.3",  # T5's tokenizer
     "huggingface_hub>=1.0,<3",  # models by hub id
+    "jaxtyping>=0.3,<1",  # shapes in the annotations of public functions
     "safetensors>=0.6,<1",  # the only weight format that is read or written
     "numpy>=2.0",
     "pillow>=11",  # PNGs and sample grids
@@ -34,6 +35,7 @@ EXTRAS = {
         "torch==2.13.0",  # the oracle of the parity tests
         "diffusers==0.42.1",  # likewise
         "peft>=0.21,<1",  # loads exported LoRAs
+        "beartype>=0.20",  # checks those annotations while the tests run
         "vendi-score==0.0.3",  # oracle of the Vendi score
         "nbclient>=0.10",  # executes the notebooks
         "ipykernel>=6.29",  # likewise
@@ -64,6 +66,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pec_jax", "pec_jax.*"]),
+    package_dir={"pec_jax.configs": "configs"},  # the folder at the top travels in the wheel
     package_data={
         "pec_jax": [
             "shapes/assets/*",
@@ -73,4 +76,5 @@ setup(
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["pec-jax = pec_jax.__main__:main"]},
 )

@@ -17,7 +17,7 @@ Command: python -m pec_jax.main --config=configs/flux_pec.py --workdir=runs/flux
 
 from ml_collections import ConfigDict
 
-from configs import flux_grpo
+from pec_jax.configs import flux_grpo
 
 
 def get_config() -> ConfigDict:

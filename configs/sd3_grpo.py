@@ -22,7 +22,7 @@ Command: python -m pec_jax.main --config=configs/sd3_grpo.py --workdir=runs/sd3_
 
 from ml_collections import ConfigDict
 
-from configs import base
+from pec_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -19,7 +19,7 @@ Command: python -m pec_jax.main --config=configs/sd3_pec.py --workdir=runs/sd3_p
 
 from ml_collections import ConfigDict
 
-from configs import sd3_grpo
+from pec_jax.configs import sd3_grpo
 
 
 def get_config() -> ConfigDict:

@@ -18,7 +18,7 @@ Command: python launch/study.py --runs=runs/study --out=docs/results/study
 
 from ml_collections import ConfigDict
 
-from configs import shapes_grpo
+from pec_jax.configs import shapes_grpo
 
 
 def get_config() -> ConfigDict:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax.errors import exit_with_sentence
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Kind and grid of the chips, as in v5e:4x4.")
@@ -31,25 +30,22 @@ ADVICE = (
 
 def main(argv: list[str]) -> None:
     """Parses, compiles, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not _CONFIG.value:
-        raise app.UsageError("--config is missing; see --help.")
-    # Before jax looks for a TPU, and asks it about itself.
+    command_line.refuse_arguments(argv)
+    # Before jax looks for the TPU that is not there, and asks it about itself.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that two could fight over
     from pec_jax.config.schema import from_config_dict
-    from pec_jax.profiling import aot
 
     with exit_with_sentence():
-        found = aot.report(from_config_dict(_CONFIG.value), _TOPOLOGY.value)
+        config = from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
+        from pec_jax.profiling import aot as ahead
+
+        found = ahead.report(config, _TOPOLOGY.value)
     print(json.dumps(found, indent=2))
     if not found["fits"]:
         logging.warning(ADVICE)
 
 
 if __name__ == "__main__":
-    command_line.make_configs_importable(sys.argv)
-    quiet_libraries()
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

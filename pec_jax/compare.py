@@ -1,7 +1,8 @@
-"""Compares: `python -m pec_jax.compare RUN_DIR... --out=DIR`, or `--table=F.csv --out=DIR`.
+"""Compares finished runs: `python -m pec_jax.compare RUN_DIR... --out=DIR`.
 
 Writes the paper's normalised table (`table.csv`, `table.md`), its figures (`figures/*.png`) and
-`report.html`. A RUN_DIR may also be a directory of run directories.
+`report.html`. A RUN_DIR may also be a directory of run directories; `--table=F.csv` compares the
+rows of a table instead.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ from pathlib import Path
 
 from absl import app, flags
 
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax import command_line
+from pec_jax.errors import exit_with_sentence
 
 _TABLE = flags.DEFINE_string(
     "table", None, "Csv file with the columns method, quality/* and diversity/*."
 )
-_OUT = flags.DEFINE_string("out", None, "Directory to write to.")
+_OUT = command_line.required_string("out", "Directory to write to.")
 
 
 def main(argv: list[str]) -> None:
     """Parses, compares; a mistake of the user becomes one sentence and exit status 2."""
-    if not _OUT.value:
-        raise app.UsageError("--out is missing; see --help.")
     if bool(_TABLE.value) == bool(argv[1:]):
         raise app.UsageError("give either run directories or --table=F.csv; see --help.")
     from pec_jax.evaluation import comparison  # imports matplotlib; --help need not wait for it
@@ -35,5 +35,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    app.run(main)
+    command_line.run(main)

@@ -45,10 +45,11 @@ def exit_with_sentence() -> Iterator[None]:
     except (ValueError, OSError, RunError) as error:
         if logging.get_verbosity() >= logging.DEBUG:
             raise
-        sys.exit(_fail(_sentence(error)))
+        sys.exit(report(_sentence(error)))
 
 
-def _fail(sentence: str) -> int:
+def report(sentence: str) -> int:
+    """Prints `Error: ...`; returns the exit status of a mistake, 2."""
     print(f"Error: {sentence}", file=sys.stderr)
     return 2
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax import command_line
+from pec_jax.errors import exit_with_sentence
 
 _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
@@ -24,7 +25,9 @@ _LORA = flags.DEFINE_string(
 _USE_EMA = flags.DEFINE_bool(
     "use_ema", True, "Of a run, use the averaged parameters, not the last."
 )
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "Prompt to draw; repeat the flag for more.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "Prompt to draw; repeat the flag for more.", required=True
+)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "Prompt that guidance steers away from.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Number of images per prompt.", lower_bound=1)
 _HEIGHT = flags.DEFINE_integer(
@@ -57,23 +60,17 @@ _DTYPE = flags.DEFINE_enum(
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 16, "Number of images drawn at once.", lower_bound=1
 )
-_OUT = flags.DEFINE_string("out", None, "Directory to write to.")
+_OUT = command_line.required_string("out", "Directory to write to.")
 
 
 def main(argv: list[str]) -> None:
     """Parses, samples; a mistake of the user becomes one sentence and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; quote the prompt.")
-    for flag in (_PROMPT, _OUT):
-        if not flag.value:
-            raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.inference import (
-        draw as sampling,  # imports jax; --help and typos need not wait for it
-    )
+    command_line.refuse_arguments(argv, hint=" Quote the prompt.")
+    from pec_jax.inference import draw  # imports jax; --help and typos need not wait
 
     with exit_with_sentence():
-        sampling.run(
-            sampling.Request(
+        draw.run(
+            draw.Request(
                 model=_MODEL.value,
                 lora=_LORA.value,
                 use_ema=_USE_EMA.value,
@@ -98,5 +95,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    app.run(main)
+    command_line.run(main)

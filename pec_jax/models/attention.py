@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +91,9 @@ def on_tpu(q: Array, k: Array, v: Array, *, scale: float, interpret: bool = Fals
     block_q, block_k = _block(length), _block(num_keys)
     q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
     # Padded keys are a segment of their own, to which no query belongs.
-    segments = splash.SegmentIds(
-        q=np.zeros(q.shape[1], np.int32),
-        kv=(np.arange(k.shape[1]) >= num_keys).astype(np.int32),
-    )
+    query_segments: Any = np.zeros(q.shape[1], np.int32)  # constants, though declared as jax's
+    key_segments: Any = (np.arange(k.shape[1]) >= num_keys).astype(np.int32)
+    segments = splash.SegmentIds(q=query_segments, kv=key_segments)
 
     def images(q, k, v):  # [n, L, h, D]: those of this chip
         kernel = splash.make_splash_mha_single_device(

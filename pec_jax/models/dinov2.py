@@ -143,10 +143,10 @@ class Dinov2Embeddings(nn.Module):
             dtype=self.dtype,
             name="patch_embeddings.projection",
         )(pixels)
-        grid = x.shape[1:3]
+        rows, columns = x.shape[1:3]
         count = (c.image_size // c.patch_size) ** 2
         positions = self._table("position_embeddings", 1 + count)
-        table = interpolate_positions(positions[0, 1:], *grid, smooth=c.smooth_positions)
+        table = interpolate_positions(positions[0, 1:], rows, columns, smooth=c.smooth_positions)
         x = x.reshape(n, -1, c.hidden_size) + table
         tokens = [self._table("cls_token", 1) + positions[:, :1]]
         if c.num_register_tokens:

@@ -160,6 +160,29 @@ def adapted_product(x: Array, kernel: Array, a: Array, b: Array) -> Array:
     return product(x, kernel + jnp.dot(a, b))
 
 
+def parameter(
+    module: nn.Module,
+    name: str,
+    initializer: Initializer,
+    axes: tuple[str | None, ...],
+    shape: Sequence[int],
+) -> Array:
+    """A module's parameter, of which the logical axes are known when it is made.
+
+    Args:
+        module: whose `__call__` this is called in.
+        name: of the parameter.
+        initializer: (key, shape) -> array.
+        axes: logical name of each axis.
+        shape: of the parameter.
+
+    Returns:
+        The array; linen declares the box of its axes, which it takes off itself.
+    """
+    value: Any = module.param(name, nn.with_logical_partitioning(initializer, axes), shape)
+    return value
+
+
 class Dense(nn.Module):
     """y = x W + b, plus x a b where the collection "lora" holds {"a", "b"} for this layer.
 
@@ -175,10 +198,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
-            (x.shape[-1], self.features),
+        kernel = parameter(
+            self, "kernel", self.kernel_init, self.kernel_axes, (x.shape[-1], self.features)
         )
         x = x.astype(self.dtype)
         kernel = at_use(kernel.astype(self.dtype), *self.kernel_axes)
@@ -190,8 +211,8 @@ class Dense(nn.Module):
         else:
             y = jnp.dot(x, kernel)
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(init.zeros, self.kernel_axes[-1:])
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            bias = parameter(self, "bias", init.zeros, self.kernel_axes[-1:], (self.features,))
+            y = y + bias.astype(self.dtype)
         return y
 
 
@@ -209,10 +230,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         axes = (None, None, "conv_in", "conv_out")
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, axes),
-            (*self.kernel_size, x.shape[-1], self.features),
+        kernel = parameter(
+            self, "kernel", self.kernel_init, axes, (*self.kernel_size, x.shape[-1], self.features)
         )
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
@@ -222,8 +241,8 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(init.zeros, ("conv_out",))
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            bias = parameter(self, "bias", init.zeros, ("conv_out",), (self.features,))
+            y = y + bias.astype(self.dtype)
         return y
 
 
@@ -243,18 +262,16 @@ class PatchConv(nn.Module):
         n, height, width, channels = x.shape
         p = self.patch_size
         axes = (None, None, "conv_in", "embed")
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init.lecun_normal(), axes),
-            (p, p, channels, self.features),
+        kernel = parameter(
+            self, "kernel", init.lecun_normal(), axes, (p, p, channels, self.features)
         )
         kernel = at_use(kernel.astype(self.dtype), *axes)
         x = x.astype(self.dtype).reshape(n, height // p, p, width // p, p, channels)
         x = x.swapaxes(2, 3).reshape(n, height // p, width // p, p * p * channels)
         y = jnp.dot(x, kernel.reshape(-1, self.features))
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(init.zeros, ("embed",))
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            bias = parameter(self, "bias", init.zeros, ("embed",), (self.features,))
+            y = y + bias.astype(self.dtype)
         return y
 
 
@@ -268,9 +285,11 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array) -> Array:
-        table = self.param(
+        table = parameter(
+            self,
             "embedding",
-            nn.with_logical_partitioning(self.embedding_init, ("vocab", "embed")),
+            self.embedding_init,
+            ("vocab", "embed"),
             (self.num_embeddings, self.features),
         )
         return jnp.take(at_use(table.astype(self.dtype), "vocab", "embed"), ids, axis=0)
@@ -293,11 +312,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = normalize(x, self.epsilon)
-        ones = nn.with_logical_partitioning(init.ones, ("norm",))
-        y = y * self.param("scale", ones, x.shape[-1:])
+        y = y * parameter(self, "scale", init.ones, ("norm",), x.shape[-1:])
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(init.zeros, ("norm",))
-            y = y + self.param("bias", zeros, x.shape[-1:])
+            y = y + parameter(self, "bias", init.zeros, ("norm",), x.shape[-1:])
         return y.astype(self.dtype)
 
 
@@ -309,8 +326,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        ones = nn.with_logical_partitioning(init.ones, ("norm",))
-        scale = self.param("scale", ones, x.shape[-1:])
+        scale = parameter(self, "scale", init.ones, ("norm",), x.shape[-1:])
 
         # What lies between x and y is cheaper to compute again than to keep for the gradient.
         @jax.checkpoint
@@ -341,9 +357,8 @@ class GroupNorm(nn.Module):
         y = x.astype(jnp.float32).reshape(batch, -1, channels)
         y = y - group_mean(y)
         y = y * jax.lax.rsqrt(group_mean(jnp.square(y)) + self.epsilon)
-        ones = nn.with_logical_partitioning(init.ones, ("norm",))
-        zeros = nn.with_logical_partitioning(init.zeros, ("norm",))
-        y = y * self.param("scale", ones, (channels,)) + self.param("bias", zeros, (channels,))
+        y = y * parameter(self, "scale", init.ones, ("norm",), (channels,))
+        y = y + parameter(self, "bias", init.zeros, ("norm",), (channels,))
         return y.reshape(x.shape).astype(self.dtype)
 
 

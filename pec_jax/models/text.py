@@ -64,7 +64,8 @@ class TextStack:
         Returns:
             Tower -> tokens [N, L].
         """
-        tokens, too_long = {}, {}  # the second is a set that remembers the order
+        tokens: dict[str, Any] = {}
+        too_long: dict[str, None] = {}  # a set that remembers the order
         for name, tower in self.towers.items():
             whole = tower.tokenizer(list(prompts), verbose=False)["input_ids"]
             too_long.update({p: None for p, row in zip(prompts, whole) if len(row) > tower.length})

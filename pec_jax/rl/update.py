@@ -20,7 +20,7 @@ from pec_jax.config.schema import UpdatesConfig
 from pec_jax.data.stream import repeat_groups
 from pec_jax.distributed.mesh import over_batch
 from pec_jax.rl.advantages import GroupStatistics, advantages, group_statistics, probabilities
-from pec_jax.rl.composition import Constraints
+from pec_jax.rl.composition import Constraints, States
 from pec_jax.rl.objective import Micro, Objective, Samples
 from pec_jax.rl.policy import Actor, Policy
 from pec_jax.rl.signals import Groups, Signals, whole_groups
@@ -294,12 +294,31 @@ def _loss(
     shaped = constraints.shaped_rewards(states, signals)
     worth = advantages(shaped, step.statistics, clip=learner.config.advantage_clip)
     signals = signals._replace(advantages=worth)
-    losses, more = objective.losses(view, signals, constraints.clip_bounds)
+    loss, more = constrained_loss((objective, constraints), (states, selected), view, signals)
+    return loss, {f"policy/{name}": value for name, value in metrics.items()} | more
+
+
+def constrained_loss(
+    methods: tuple[Objective, Constraints],
+    known: tuple[States, dict[str, Array]],
+    view: PyTree,
+    signals: Signals,
+) -> tuple[Array, dict[str, Array]]:
+    """The objective's loss as the constraints leave it, and what to log of it.
+
+    Args:
+        methods: what the loss is, and what is on.
+        known: the constraints' states, and what they marked of these samples.
+        view: of the samples, from `Objective.evaluate`.
+        signals: of them, with the advantages.
+    """
+    (objective, constraints), (states, selected) = methods, known
+    losses, metrics = objective.losses(view, signals, constraints.clip_bounds)
     losses = constraints.sample_losses(states, signals, losses, selected)
     extra = constraints.extra_losses(states, signals)
     loss = sum(extra.values(), jnp.mean(losses))
     return loss, {
-        **{f"policy/{name}": value for name, value in {**metrics, **more, "loss": loss}.items()},
+        **{f"policy/{name}": value for name, value in {**metrics, "loss": loss}.items()},
         **{f"constraint/{k}/loss": jax.lax.stop_gradient(value) for k, value in extra.items()},
     }
 
