@@ -6,7 +6,6 @@ iteration with all of them. Prints the metrics as JSON.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -21,18 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pec_jax.config.registry import CONSTRAINTS, ENCODERS, OBJECTIVES
 from pec_jax.config.schema import from_config_dict, to_dict
+from pec_jax.config.user_file import import_plugins
 from pec_jax.evaluation.labels import label_of
 from pec_jax.rl.signals import Signals, whole_groups
 from pec_jax.rl.train_step import train_step
 from pec_jax.training.build import build
-
-
-def load(path: Path) -> None:
-    """As --plugin does."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
 
 
 def torch_judge(directory: Path) -> torch.nn.Module:
@@ -105,8 +97,7 @@ def check_truncated() -> None:
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    for path in sorted(directory.glob("*.py")):
-        load(path)
+    import_plugins([str(path) for path in sorted(directory.glob("*.py"))])  # as --plugin does
     judge = torch_judge(directory / "my_judge")
     check_palette()
     check_capped()

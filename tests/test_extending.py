@@ -1,4 +1,4 @@
-"""The files that docs/extending.md shows are complete: they load, train, and agree with witnesses."""
+"""The files that docs/extending.md shows are complete: they load, train, agree with witnesses."""
 
 from __future__ import annotations
 
