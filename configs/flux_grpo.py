@@ -36,5 +36,5 @@ def get_config() -> ConfigDict:
             ),
         }
     )
-    config.mesh.update({"data": -1, "fsdp": 4})  # 6 GB of weights a chip
+    config.mesh.update({"data": -1, "fsdp": 4})  # 6 GB of weights per chip
     return config

@@ -1,4 +1,4 @@
-"""Flow-GRPO with a perceptual entropy constraint on the embedded shapes model: the cure.
+"""Flow-GRPO with a perceptual entropy constraint on the embedded shapes model.
 
 Paper: arXiv 2605.12112, Table 1, rows "PEC", at the scale of a laptop.
 Command: python -m pec_jax.main --config=configs/shapes_pec.py --workdir=runs/shapes_pec

@@ -18,9 +18,9 @@ from pec_jax import command_line
 from pec_jax.errors import exit_with_sentence
 
 _CONFIG = command_line.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Kind of chip and their grid.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Kind and grid of the chips, as in v5e:4x4.")
 
-# Most to gain first; what each costs is said beside the field in config.py.
+# Most to gain first; what each costs is said beside the field in config/schema.py.
 ADVICE = (
     "It does not fit. Lower config.batch.update_images, decode_images or rollout_images; set "
     "config.model.remat=full; raise config.mesh.fsdp; keep weights in bfloat16 "

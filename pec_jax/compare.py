@@ -15,7 +15,7 @@ from pec_jax import command_line
 from pec_jax.errors import exit_with_sentence
 
 _TABLE = flags.DEFINE_string(
-    "table", None, "A csv with the columns method, quality/*, diversity/*."
+    "table", None, "Csv file with the columns method, quality/* and diversity/*."
 )
 _OUT = command_line.required_string("out", "Directory to write to.")
 

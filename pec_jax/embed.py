@@ -16,18 +16,26 @@ from pec_jax.errors import exit_with_sentence
 _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
 )
-_VARIANT = flags.DEFINE_string("variant", "", "Of the weights' files, such as fp16.")
+_VARIANT = flags.DEFINE_string(
+    "variant", "", "Variant of the weight files, such as fp16; '' is the plain one."
+)
 _PROMPTS = flags.DEFINE_multi_string(
     "prompts",
     None,
-    "Prompt file (.txt or .jsonl); give it again for more: train and held-out.",
+    "Prompt file (.txt or .jsonl); repeat the flag for more: train and held-out.",
     required=True,
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "In which the encoders compute, and of the files."
+    "dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Type in which the encoders compute, and of the stored embeddings.",
 )
 _T5_LENGTH = flags.DEFINE_integer(
-    "t5_length", 0, "Tokens T5 sees; 0 is diffusers' choice (SD3 256, FLUX 512).", lower_bound=0
+    "t5_length",
+    0,
+    "Number of tokens T5 sees; 0 is diffusers' choice (SD3 256, FLUX 512).",
+    lower_bound=0,
 )
 _OUT = command_line.required_string("out", "Directory to write to.")
 

@@ -18,8 +18,10 @@ _KIND = flags.DEFINE_enum("kind", None, ["lora", "transformer"], "What to write.
 _OUT = command_line.required_string(
     "out", "Directory to write to: new, empty or an earlier export."
 )
-_USE_EMA = flags.DEFINE_bool("use_ema", True, "The averaged parameters, not the last.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors written.")
+_USE_EMA = flags.DEFINE_bool("use_ema", True, "Export the averaged parameters, not the last ones.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Type of the tensors written."
+)
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,9 @@ from pec_jax import command_line
 from pec_jax.errors import exit_with_sentence
 
 _CONFIG = command_line.define_config()
-_WORKDIR = command_line.required_string("workdir", "Where the run is written, and resumed from.")
+_WORKDIR = command_line.required_string(
+    "workdir", "Directory that the run is written to, and resumed from."
+)
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume a run although its config differs from this one."
 )
@@ -20,13 +22,16 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Train together with the other processes that run this command."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0; found by itself on TPU pods and under Slurm."
+    "coordinator", None, "host:port of process 0; detected on TPU pods and under Slurm."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How many processes train together; found likewise.", lower_bound=1
+    "num_processes",
+    None,
+    "Number of processes that train together; detected likewise.",
+    lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this is, from 0; found likewise.", lower_bound=0
+    "process_id", None, "Index of this process, from 0; detected likewise.", lower_bound=0
 )
 
 

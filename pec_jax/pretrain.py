@@ -1,9 +1,8 @@
 """Trains the embedded model from nothing: `python -m pec_jax.pretrain --out=DIR`.
 
 One command makes the whole shapes pipeline: a Stable Diffusion 3 directory in diffusers' layout
-and the three encoders beside it, in at most 45 minutes on two cores. Stages that are done are
-passed over, a stage that was interrupted goes on from its last snapshot, and the seed decides
-everything random.
+and the three encoders beside it, in at most 45 minutes on two cores. Finished stages are skipped,
+an interrupted stage resumes from its last snapshot, and the seed decides everything random.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ STAGES = ("skeleton", "vae", "clip", "t5", "transformer", "dino", "pickscore", "
 _OUT = command_line.required_string("out", "Directory of the pipeline to make.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), f"Stages to run, of {', '.join(STAGES)}.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
-_SCALE = flags.DEFINE_float("steps_scale", 1.0, "Multiple of every stage's steps.", lower_bound=0.0)
+_SCALE = flags.DEFINE_float(
+    "steps_scale", 1.0, "Factor of every stage's number of steps.", lower_bound=0.0
+)
 _STATE = flags.DEFINE_string(
     "state", None, "Directory for snapshots, logs and numbers; OUT with '.state' behind by default."
 )

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from pec_jax.evaluation import figures, table
 from pec_jax.evaluation.report import write_report
 from pec_jax.evaluation.run_table import BASE, Run, find_runs, rows_of_runs
+from pec_jax.evaluation.steps import read_steps
 from pec_jax.evaluation.table import Row
-from pec_jax.training.metric_writer import read_steps, write_bytes, write_text
+from pec_jax.training.metric_writer import write_bytes, write_text
 
 
 def compare_csv(path: Path, out: Path) -> list[Row]:
@@ -22,7 +23,7 @@ def compare_csv(path: Path, out: Path) -> list[Row]:
         The normalised rows.
 
     Raises:
-        RunError: sentences for a person.
+        RunError: as `table.rows_from_csv` and `table.normalise`.
     """
     rows = table.normalise(table.rows_from_csv(path))
     drawn = {"quality_diversity": figures.quality_diversity(rows)}
@@ -37,7 +38,7 @@ def compare_runs(directories: Sequence[Path], out: Path) -> list[Row]:
         The normalised rows, that of the base model first.
 
     Raises:
-        RunError: sentences for a person.
+        RunError: as `run_table.find_runs`, `run_table.rows_of_runs` and `table.normalise`.
     """
     found = rows_of_runs(find_runs(directories))
     rows = table.normalise([row for row, _ in found])

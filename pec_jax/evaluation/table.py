@@ -1,9 +1,9 @@
-"""The paper's table: every method a row, every metric a column, normalised over the rows.
+"""The paper's table: one row per method, one column per metric, normalised over the rows.
 
 Each metric is scaled to 0..1 between the least and the greatest of the rows' means;
 `quality/normalized_average` and `diversity/normalized_average` are the means over the metrics of
 their kind, and `overall` is the mean of the two. The scale is common to all seeds, so that each
-seed has its own three numbers, and a row an interval.
+seed has its own three numbers, and each row an interval.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def student_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Mean and half width of Student's t interval over seeds.
 
     Args:
-        values: [S], one number a seed.
+        values: [S], one number per seed.
         level: of confidence.
 
     Returns:
@@ -164,7 +164,7 @@ def rows_from_csv(path: Path) -> list[Row]:
     """Rows of a csv with the columns method, perceptual_space, weight and the metrics.
 
     A column `seed` makes several lines of one label one row; without it each line is a row. The
-    three computed columns are passed over.
+    three computed columns are skipped.
 
     Raises:
         RunError: the file is missing, too large, has no such columns, or a cell is no number.

@@ -32,7 +32,7 @@ class Encoder:
 
     Attributes:
         name: of its directory.
-        network: key of its variables, see `Networks`.
+        network: key of its variables, see `Networks`; '' for none ({}).
         dim: d, the number of features.
         image_features: (variables, images [N, H, W, 3] in [0, 1]) -> [N, d] fp32, not normalised.
             Any H and W; resized as `preprocessor_config.json` says.

@@ -22,7 +22,7 @@ class Space:
     """A perceptual space: images to features.
 
     Attributes:
-        network: key of its variables in `Frozen.networks`.
+        network: key of its variables in `Frozen.networks`; '' for none ({}).
         features: (variables, images [N, H, W, 3] in [0, 1]) -> [N, d] raw features.
         share: of the perceptual entropy; 0 where it is only evaluated.
     """
@@ -35,7 +35,8 @@ class Space:
         """Raw features of images [P, K, H, W, 3] in [0, 1]."""
         # Written as the rewards write it, so that an encoder that is also a reward runs once.
         flat = to_uint8_levels(images).reshape(-1, *images.shape[2:])
-        found = self.features(frozen.networks[self.network], flat)
+        variables = frozen.networks[self.network] if self.network else {}
+        found = self.features(variables, flat)
         return found.reshape(*images.shape[:2], -1)
 
 

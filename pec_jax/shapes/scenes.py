@@ -244,7 +244,7 @@ def parse(text: str) -> np.ndarray:
     """The attributes that a text names; the inverse of `caption` on its captions.
 
     Args:
-      text: any text; words that name no attribute are passed over.
+      text: any text; words that name no attribute are ignored.
 
     Returns:
       [5] int32, -1 where nothing is named (the first mention counts).

@@ -97,19 +97,6 @@ def _drop_lines_after(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def read_steps(path: Path) -> list[dict[str, float]]:
-    """The training lines of a `metrics.jsonl`, in order; evaluations are left out.
-
-    Numbers that were not finite, which JSON cannot hold, come back as such.
-    """
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if "reward/mean" in values:
-            steps.append({name: float(value) for name, value in values.items()})
-    return steps
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a file such that a crash leaves either the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")

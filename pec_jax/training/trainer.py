@@ -23,6 +23,7 @@ from pec_jax.distributed import mesh as mesh_lib
 from pec_jax.distributed import processes
 from pec_jax.errors import RunError
 from pec_jax.evaluation.fit import exponential_fit
+from pec_jax.evaluation.steps import read_steps
 from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
 from pec_jax.training.build import (
@@ -35,13 +36,7 @@ from pec_jax.training.build import (
 )
 from pec_jax.training.checkpoint import Checkpointer
 from pec_jax.training.evaluator import Evaluator
-from pec_jax.training.metric_writer import (
-    MetricWriter,
-    Progress,
-    make_writer,
-    read_steps,
-    write_text,
-)
+from pec_jax.training.metric_writer import MetricWriter, Progress, make_writer, write_text
 from pec_jax.types import Batch, PyTree, TrainState
 
 # A bonus that is less than this of the shaped reward's std within a group pays next to nothing.
