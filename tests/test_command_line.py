@@ -95,7 +95,10 @@ MAIN = ("pec_jax.main", "--workdir=no_such_directory", "--config=shapes_pec")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((*MAIN, "--config.optimizer.lr=1"), r"config\.optimizer has no .* mean .*learning_rate\?.*"),
+        (
+            (*MAIN, "--config.optimizer.lr=1"),
+            r"config\.optimizer has no .* mean .*learning_rate\?.*",
+        ),
         ((*MAIN, "--config.optimizer.lr", "1"), r"config\.optimizer has no .*learning_rate\?.*"),
         ((*MAIN, "--config.seed=fast"), r"--config\.seed=fast: .*"),
         ((*MAIN, "--config.batch.group_size=1"), r".*group_size.* at least 2.*"),
