@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from pec_jax.rl.program import Frozen, Program, initial_state
 
 from benchmarks.setups import Setup, as_compiled
 from benchmarks.timing import Contestant, compiled_memory
 from pec_jax.distributed import mesh as sharding
 from pec_jax.profiling import flops
-from pec_jax.rl.program import Frozen, Program, initial_state
 from pec_jax.rl.train_step import (
     decode,
     image_features,

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the configs, and for this directory by its name
 
 from benchmarks import contestants, setups, timing  # noqa: E402
-from pec_jax.training import trainer as train  # noqa: E402
 from pec_jax.config.schema import from_config_dict  # noqa: E402
 from pec_jax.errors import exit_with_sentence, quiet_libraries  # noqa: E402
+from pec_jax.training import trainer as train  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to time.")
 _TURNS = flags.DEFINE_integer("turns", 3, "Turns of both.", lower_bound=1)

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from pec_jax.rl.program import Frozen, Program
 
-from pec_jax.config.schema import Config, ConfigError
+from pec_jax.config import Config, ConfigError
 from pec_jax.data.stream import PromptStream
 from pec_jax.distributed import mesh as sharding
 from pec_jax.profiling import aot as ahead
 from pec_jax.rl import program as program_lib
 from pec_jax.rl.constraints import get_constraint
-from pec_jax.rl.program import Frozen, Program
 from pec_jax.training import build as assemble
 from pec_jax.types import Array, Batch, PyTree, TrainState
 
@@ -102,7 +102,7 @@ def _normal(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding) ->
 
     def draw(seed, scale, offset):
         if not jnp.issubdtype(dtype, jnp.floating):
-            return jnp.zeros(shape, dtype)
+            return jnp.ones(shape, dtype) if dtype == jnp.bool_ else jnp.zeros(shape, dtype)
         noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
         return (noise * scale + offset).astype(dtype)
 
@@ -188,5 +188,6 @@ def _mean_color(params: PyTree, images: Array) -> Array:
 def host_batch(setup: Setup) -> Batch:
     """The batch as NumPy arrays, float32."""
     return jax.tree.map(
-        lambda a: np.asarray(a, np.float32 if a.dtype != jnp.int32 else np.int32), setup.batch
+        lambda a: np.asarray(a, np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype),
+        setup.batch,
     )

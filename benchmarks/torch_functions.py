@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pec_jax.config.schema import Config, ConfigError
+from pec_jax.config import Config, ConfigError
 
 KERNELS, CONSTRAINTS = ("flow_sde",), ("none", "pec")
 ESTIMATORS, REWARDS = ("gaussian", "knn"), ("clip", "pickscore")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.setups import Setup
-from pec_jax.config.schema import Config, ConfigError
+from pec_jax.config import Config, ConfigError
 from pec_jax.perception.preprocessing import Preprocessor
 from pec_jax.profiling.aot import config_files
 from pec_jax.types import PyTree

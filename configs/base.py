@@ -8,6 +8,8 @@ Command: not meant to be run by itself; see shapes_pec.py.
 
 from ml_collections import ConfigDict
 
+from pec_jax.config.registry import CONSTRAINTS, ENCODERS, OBJECTIVES, REWARDS
+
 
 def get_config() -> ConfigDict:
     """Returns the defaults, locked: a misspelt override is an error."""
@@ -76,9 +78,19 @@ def _model_and_data(config: ConfigDict) -> None:
 
 
 def _method(config: ConfigDict) -> None:
-    """What is rewarded and constrained, and the policy update."""
-    config.rewards = ConfigDict({"pickscore": 1.0, "clip": 0.0, "attributes": 0.0})
-    config.encoders = ConfigDict({"pickscore": "", "dino": "", "clip": ""})
+    """What is rewarded, perceived and constrained, and what the loss is.
+
+    Each reward, encoder, objective and constraint brings its own section, with its defaults: see
+    `python -m pec_jax.main --config=base --help`, or the file that defines it.
+    """
+    # Everything that can be named is there, and off: --config.rewards.clip.weight=0.5 is enough.
+    config.rewards = ConfigDict(REWARDS.default_sections())
+    config.rewards.pickscore.weight = 1.0
+    config.rewards.clip.evaluate = True
+    config.rewards.attributes.evaluate = True
+    config.encoders = ConfigDict(ENCODERS.default_sections())
+    for name in ("pickscore", "dino", "clip"):
+        config.encoders[name].evaluate = True
     config.perception = ConfigDict(
         {
             "encoder": "pickscore",
@@ -90,31 +102,14 @@ def _method(config: ConfigDict) -> None:
             "at": "final",
         }
     )
-    config.constraint = ConfigDict(
+    config.objective = ConfigDict({"name": "grpo", **OBJECTIVES.default_sections()})
+    config.constraints = ConfigDict(CONSTRAINTS.default_sections())
+    config.updates = ConfigDict(
         {
-            "name": "none",
-            "space": "perceptual",
-            "weight": 0.0,
-            "unit": "raw",
-            "clip_ratio": 1.4,  # DAPO's 0.28 against 0.2
-            "cov_band": (0.8, 1.0),
-            "cov_share": 0.2,
-            "kl_as": "reward",  # the paper's finding; "loss" is its comparison
-            "gradient": "score",
-            "target": 0.9,
-            "rate": 0.3,
-            "base_batches": 16,
-        }
-    )
-    config.grpo = ConfigDict(
-        {
-            "clip_low": 1e-4,
-            "clip_high": 1e-4,
-            "advantage_std": "global",
-            "advantage_clip": 5.0,
-            "kl_form": "exact",
             "minibatches": 2,
             "epochs": 1,
+            "advantage_std": "global",
+            "advantage_clip": 5.0,
         }
     )
 

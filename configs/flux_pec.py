@@ -17,5 +17,6 @@ from pec_jax.configs import flux_grpo
 def get_config() -> ConfigDict:
     """Returns the config: flux_grpo plus the constraint."""
     config = flux_grpo.get_config()
-    config.constraint.update({"name": "pec", "weight": 0.05, "unit": "raw"})
+    config.constraints.pec.weight = 0.05
+    config.perception.bandwidth = 0.104
     return config

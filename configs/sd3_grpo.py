@@ -41,11 +41,12 @@ def get_config() -> ConfigDict:
             "remat": "full",
         }
     )
-    with config.unlocked():
-        config.rewards = ConfigDict({"pickscore": 1.0})
-        config.encoders = ConfigDict(
-            {"pickscore": "models/PickScore_v1", "dino": "models/dino-vitb16"}
-        )
+    # Weight 1 from base; the others are one flag away, e.g. --config.rewards.clip.weight=0.5.
+    config.rewards.pickscore.model = config.encoders.pickscore.model = "models/PickScore_v1"
+    config.encoders.dino.model = "models/dino-vitb16"
+    config.rewards.clip.model = config.encoders.clip.model = "models/clip-vit-large-patch14"
+    for section in (config.rewards.clip, config.rewards.attributes, config.encoders.clip):
+        section.evaluate = False
     config.prompts.update({"train": "prompts/train.txt", "heldout": "prompts/heldout.txt"})
     config.sampler.storage_dtype = "bfloat16"
     config.batch.update({"groups": 48, "group_size": 24})

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.trainable.update({"rank": 16, "alpha": 32.0})
     config.sampler.update({"num_steps": 6, "guidance": 1.0, "noise_level": 0.7})
     config.batch.update({"groups": 6, "group_size": 16})
-    config.grpo.update({"minibatches": 1, "advantage_std": "group"})
+    config.updates.update({"minibatches": 1, "advantage_std": "group"})
     config.optimizer.update({"learning_rate": 2e-3})
     config.perception.update({"encoder": "dino", "estimator": "knn", "k": 3})
     config.eval.update({"num_steps": 10, "guidance": 1.0, "groups": 16})

@@ -26,8 +26,10 @@ def get_config() -> ConfigDict:
     config = shapes_grpo.get_config()
     config.num_iterations = 40
     config.sampler.window = (0, 3)
-    config.grpo.update({"minibatches": 2, "clip_low": 1.6e-3, "clip_high": 1.6e-3})
-    config.constraint.unit = "reward_std"
+    config.updates.minibatches = 2
+    config.objective.grpo.update({"clip_low": 1.6e-3, "clip_high": 1.6e-3})
+    for name in ("pec", "pec_target", "pcvae"):
+        config.constraints[name].unit = "reward_std"
     config.eval.update({"num_prompts": 48, "groups": 8})
     config.schedule.update({"sample_every": 0, "checkpoint_every": 0})
     return config

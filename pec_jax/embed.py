@@ -35,12 +35,10 @@ _OUT = command_line.required_string("out", "Directory to write to.")
 def main(argv: list[str]) -> None:
     """Parses, embeds; a mistake of the user becomes one sentence and exit status 2."""
     command_line.refuse_arguments(argv)
-    from pec_jax.data import (
-        encode_prompts as embedding,
-    )  # imports jax; --help and typos need not wait for it
+    from pec_jax.data import encode_prompts  # imports jax; --help and typos need not wait
 
     with exit_with_sentence():
-        embedding.run(
+        encode_prompts.run(
             _MODEL.value,
             _PROMPTS.value,
             Path(_OUT.value).expanduser(),

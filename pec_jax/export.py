@@ -25,12 +25,10 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the 
 def main(argv: list[str]) -> None:
     """Parses, exports; a mistake of the user becomes one sentence and exit status 2."""
     command_line.refuse_arguments(argv)
-    from pec_jax.inference import (
-        export as exporting,
-    )  # imports jax; --help and typos need not wait for it
+    from pec_jax.inference import export  # imports jax; --help and typos need not wait
 
     with exit_with_sentence():
-        exporting.run(
+        export.run(
             Path(_WORKDIR.value).expanduser(),
             _KIND.value,
             Path(_OUT.value).expanduser(),

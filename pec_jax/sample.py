@@ -51,13 +51,11 @@ _OUT = command_line.required_string("out", "Directory to write to.")
 def main(argv: list[str]) -> None:
     """Parses, samples; a mistake of the user becomes one sentence and exit status 2."""
     command_line.refuse_arguments(argv, hint=" Quote the prompt.")
-    from pec_jax.inference import (
-        draw as sampling,
-    )  # imports jax; --help and typos need not wait for it
+    from pec_jax.inference import draw  # imports jax; --help and typos need not wait
 
     with exit_with_sentence():
-        sampling.run(
-            sampling.Request(
+        draw.run(
+            draw.Request(
                 model=_MODEL.value,
                 lora=_LORA.value,
                 use_ema=_USE_EMA.value,

@@ -1,8 +1,9 @@
 """The pytrees that travel between the parts of the program: shapes only, no maths.
 
 Axis letters used everywhere: P prompts (groups) of one iteration, K images of each prompt,
-N = P * K or any other flat batch, T sampler steps, L text tokens, D token width,
-h, w, C latent height, width and channels; H, W image height and width.
+N = P * K or any other flat batch, T sampler steps, S trained steps, L text tokens, D token width,
+h, w, C latent height, width and channels (written `*latent` where nothing depends on their
+number); H, W image height and width.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ PyTree = Any
 
 @struct.dataclass
 class Conditioning:
-    """What a velocity model is conditioned on: the text, already encoded."""
+    """What a velocity model is conditioned on: the text, already encoded.
+
+    A family that has no use for a field leaves it None, and it is then no leaf of the tree.
+    """
 
     tokens: Array  # [..., L, D] text token embeddings
-    pooled: Array  # [..., Dp]   pooled text embedding
-
-    def reshape_leading(self, *leading: int, ndim: int = 1) -> Conditioning:
-        """Replaces the first `ndim` axes by `leading`."""
-        return jax.tree.map(lambda a: a.reshape(*leading, *a.shape[ndim:]), self)
+    pooled: Array | None = None  # [..., Dp] pooled text embedding
+    mask: Array | None = None  # [..., L] bool, False at padding; None: padding is read as text
 
 
 @struct.dataclass
@@ -39,24 +40,46 @@ class Batch:
 
 
 @struct.dataclass
-class Trajectory:
-    """Every step of one batch of sampled paths, in sampling order (noise to image)."""
+class Frozen:
+    """Every array that does not learn."""
 
-    x_t: Array  # [T, N, h, w, C] the state a step starts from
-    x_next: Array  # [T, N, h, w, C] the state it ends in
-    logp: Array  # [T, N] log-density of x_next, mean over dimensions; 0 at ODE steps
-    x_0: Array  # [N, h, w, C] the final latents
-    x_0_hat: Array | None = None  # [T, N, h, w, C] what each step predicts x_0 to be
+    transformer: PyTree  # linen variables of the base model
+    vae: PyTree  # linen variables
+    negative: Conditioning  # [1, ...] the empty prompt, for classifier-free guidance
+    networks: dict[str, PyTree]  # key -> variables, of rewards and encoders; shared ones once
+
+
+@struct.dataclass
+class Transition:
+    """Steps of N sampled paths, as they were taken."""
+
+    x_t: Array  # [N, *latent] where they start
+    x_next: Array  # [N, *latent] where they end
+    sigma: Array  # scalar or [N]
+    sigma_next: Array  # scalar or [N]
+
+
+@struct.dataclass
+class Trajectory:
+    """One batch of sampled paths, in sampling order (noise to image).
+
+    Only `x_0` is always there: an objective says whether it needs the paths.
+    """
+
+    x_0: Array  # [N, *latent] the final latents
+    x_t: Array | None = None  # [T, N, *latent] the state a step starts from
+    x_next: Array | None = None  # [T, N, *latent] the state it ends in
+    logp: Array | None = None  # [T, N] log-density of x_next, mean over dimensions; 0 at ODE steps
+    x_0_hat: Array | None = None  # [T, N, *latent] what each step predicts x_0 to be
 
 
 @struct.dataclass
 class Rollout:
-    """One iteration's experience: trajectories, what they were worth, how surprising."""
+    """One iteration's experience: paths, what their images were worth, how surprising they are."""
 
     trajectory: Trajectory  # with N = P * K
     rewards: Array  # [P, K] weighted sum of the rewards
     surprisal: Array  # [P, K] or [S, P, K] perceptual surprisal, nats per dimension
-    metrics: dict[str, Array]  # scalars to log
 
 
 @struct.dataclass
@@ -67,6 +90,6 @@ class TrainState:
     params: PyTree  # trainable parameters (a LoRA tree, or the whole transformer)
     ema: PyTree  # exponential moving average of params
     opt_state: optax.OptState
-    constraint_weight: Array  # fp32, lambda: constant, or the dual variable
-    entropy_target: Array  # fp32, H* of the dual variable, nats per dimension; else 0
+    objective: dict[str, PyTree]  # what the objective remembers, trees like params
+    constraints: dict[str, dict[str, Array]]  # name -> scalars: its weight, and the like
     skipped: Array  # int32, updates skipped in a row because something was not finite

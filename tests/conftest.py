@@ -103,9 +103,9 @@ def small_config():
 
 
 @pytest.fixture(scope="session")
-def world():
-    """The embedded model, loaded once, under the small config."""
-    from pec_jax.config.schema import from_config_dict
-    from pec_jax.training.build import make_world
+def experiment():
+    """The embedded model under the small config, built once."""
+    from pec_jax.config import from_config_dict
+    from pec_jax.training.build import build
 
-    return make_world(from_config_dict(small_config_dict()))
+    return build(from_config_dict(small_config_dict()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from pec_jax.config.schema import ConfigError, from_config_dict
+from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.profiling import aot as ahead
 from pec_jax.profiling.chips import CHIPS
 

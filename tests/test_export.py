@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from pec_jax.rl.program import initial_state
 
 from pec_jax.config.schema import from_config_dict, to_dict
 from pec_jax.errors import RunError
@@ -19,7 +20,6 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
-from pec_jax.rl.program import initial_state
 from pec_jax.training.build import make_optimizer, trainable_params
 from pec_jax.training.checkpoint import Checkpointer
 from pec_jax.training.trainer import train

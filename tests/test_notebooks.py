@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from pec_jax.tiny import write_pipeline
+from pec_jax.families.tiny import write_pipeline
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

@@ -1,1 +1,6 @@
-"""From an ml_collections.ConfigDict to frozen, validated dataclasses."""
+"""From an `ml_collections.ConfigDict` to frozen, validated dataclasses."""
+
+from pec_jax.config.errors import ConfigError, unknown
+from pec_jax.config.schema import Config, differences, from_config_dict, to_dict
+
+__all__ = ["Config", "ConfigError", "differences", "from_config_dict", "to_dict", "unknown"]

@@ -8,6 +8,7 @@ a set of prompts may be larger than memory.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ import safetensors
 from pec_jax.types import Conditioning
 from pec_jax.weights.tensors import WeightsError, read_json, write_json, write_tensors
 
-PART = 64  # prompts a file
+PART = 64  # prompts per file
+FIELDS = tuple(field.name for field in dataclasses.fields(Conditioning))
 INDEX = "index.json"
 _BLOCK = 1 << 22
 
@@ -85,18 +87,20 @@ class EmbeddingStore:
         return np.array([self._rows[prompt] for prompt in prompts], np.int64)
 
     def gather(self, rows: np.ndarray) -> Conditioning:
-        """The embeddings of some rows [N], fp32 NumPy arrays."""
-        tokens, pooled = zip(*(self._read(int(row)) for row in rows))
-        return Conditioning(np.stack(tokens), np.stack(pooled))  # type: ignore[arg-type]
+        """The embeddings of some rows [N], NumPy arrays, fp32 but for a mask."""
+        read = [self._read(int(row)) for row in rows]
+        return Conditioning(**{name: np.stack([r[name] for r in read]) for name in read[0]})
 
-    def _read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, row: int) -> dict[str, np.ndarray]:
+        """The fields of one prompt's conditioning that its file has."""
         path = _part(self.directory, row // PART)
         try:
             with safetensors.safe_open(path, framework="numpy") as part:
-                tokens, pooled = (part.get_slice(n)[row % PART] for n in ("tokens", "pooled"))
+                held = {"tokens", *part.keys()}  # all have tokens: their absence is damage
+                fields = {n: part.get_slice(n)[row % PART] for n in FIELDS if n in held}
         except (safetensors.SafetensorError, OSError, IndexError) as error:
             raise WeightsError(f"{path}: damaged ({error}); delete it and embed again") from error
-        return tokens.astype(np.float32), pooled.astype(np.float32)
+        return {n: a if a.dtype == bool else a.astype(np.float32) for n, a in fields.items()}
 
 
 def write_store(
@@ -115,7 +119,7 @@ def write_store(
         prompts: N prompts; repeated ones are stored once.
         mark: the encoders' `fingerprint`.
         encode: prompts -> Conditioning.
-        dtype: in which embeddings are stored.
+        dtype: in which embeddings are stored; a mask stays bool.
         progress: wraps the numbers of the parts that are still to be made.
 
     Returns:
@@ -137,9 +141,10 @@ def write_store(
     missing = [number for number in numbers if not _part(directory, number).is_file()]
     for number in progress(missing):
         part = encode(prompts[number * PART : (number + 1) * PART])
+        found = {name: getattr(part, name) for name in FIELDS if getattr(part, name) is not None}
         arrays = {
-            name: np.asarray(array).astype(dtype)
-            for name, array in (("tokens", part.tokens), ("pooled", part.pooled))
+            name: np.asarray(array).astype(bool if array.dtype == bool else dtype)
+            for name, array in found.items()
         }
         write_tensors(directory, arrays, _part(directory, number).stem)
     return len(missing)

@@ -32,7 +32,7 @@ class Embeddings(Protocol):
 class EmbeddingsInMemory:
     """Embeddings that were encoded at the start of the run."""
 
-    conditioning: Conditioning  # tokens [N, L, D] and pooled [N, Dp], NumPy arrays
+    conditioning: Conditioning  # [N, ...], NumPy arrays
 
     def __len__(self) -> int:
         return self.conditioning.tokens.shape[0]

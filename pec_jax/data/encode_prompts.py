@@ -16,8 +16,8 @@ from pec_jax.data.embedding_store import EmbeddingStore, fingerprint, write_stor
 from pec_jax.data.embeddings import Embeddings, EmbeddingsInMemory
 from pec_jax.data.prompts import read_prompts
 from pec_jax.families.locate import pipeline_directory, prompt_file
+from pec_jax.families.pipeline import load_text_stack
 from pec_jax.families.registry import present_text_encoders, read_family
-from pec_jax.families.text import load_text_stack
 from pec_jax.models.text import TextStack
 from pec_jax.weights.tensors import WeightsError
 
@@ -51,8 +51,8 @@ def encoders_mark(root: Path, dtype: str, t5_length: int) -> str:
     """The fingerprint of a pipeline's text encoders, as they are used."""
     family = read_family(root)
     encoders = present_text_encoders(root, family)
-    parts = [*encoders, *(name.replace("text_encoder", "tokenizer") for name in encoders)]
-    settings: dict[str, Any] = {"dtype": dtype, "t5_length": t5_length or family.t5_length}
+    parts = [*(e.part for e in encoders), *(e.tokenizer for e in encoders)]
+    settings: dict[str, Any] = {"dtype": dtype, "t5_length": t5_length or family.text_length}
     return fingerprint(root, parts, settings)
 
 
@@ -64,7 +64,7 @@ def stored_embeddings(directory: str, root: Path, dtype: str, t5_length: int) ->
         encoders, there is nothing to compare with, and the store is trusted.
     """
     store = EmbeddingStore(Path(directory).expanduser())
-    if not (root / "text_encoder").is_dir():
+    if not any((root / e.part).is_dir() for e in read_family(root).text_encoders):
         logging.warning("%s has no text encoders: %s cannot be checked.", root, directory)
         return store
     if store.fingerprint != encoders_mark(root, dtype, t5_length):

@@ -24,7 +24,8 @@ import optax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pec_jax.config.schema import Config, ConfigError, MeshConfig
+from pec_jax.config import Config, ConfigError
+from pec_jax.config.schema import MeshConfig
 from pec_jax.types import PyTree, TrainState
 
 Array = jax.Array
@@ -192,7 +193,7 @@ def placement(mesh: Mesh, config: Config) -> Placement:
 def state_shardings(
     state: TrainState, axes: PyTree, optimizer: optax.GradientTransformation, place: Placement
 ) -> TrainState:
-    """Where a TrainState lies: moments and averages like their parameters, the rest everywhere.
+    """Where a TrainState lies: moments, averages, old policies like their parameters, else whole.
 
     Args:
       state: arrays or abstract.
@@ -209,9 +210,15 @@ def state_shardings(
         params,
         transform_non_params=lambda _: whole,
     )
-    return jax.tree.map(
-        lambda _: whole, state.replace(params=None, ema=None, opt_state=None)
-    ).replace(params=params, ema=params, opt_state=moments)
+    return TrainState(
+        step=whole,
+        params=params,
+        ema=params,
+        opt_state=moments,
+        objective=dict.fromkeys(state.objective, params),
+        constraints=jax.tree.map(lambda _: whole, state.constraints),
+        skipped=whole,
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

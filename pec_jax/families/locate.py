@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pec_jax.config.schema import ConfigError, unknown
+from pec_jax.config import ConfigError, unknown
 from pec_jax.weights.hub import model_directory
 
 SHAPES_DIRECTORY = Path(__file__).parents[1] / "shapes" / "assets"

@@ -1,70 +1,32 @@
-"""The kinds of pipelines there are, told apart by model_index.json."""
+"""The families there are, told apart by model_index.json."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
+from pec_jax.config import unknown
+from pec_jax.families.base import Pipeline
+from pec_jax.families.flux import Flux1
+from pec_jax.families.networks import Network
+from pec_jax.families.sd3 import StableDiffusion3
+from pec_jax.families.text import TextEncoder
+from pec_jax.weights.published import Files
 from pec_jax.weights.tensors import WeightsError, read_json
 
+Family = type[Pipeline]
+FAMILIES: tuple[Family, ...] = (StableDiffusion3, Flux1)
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What diffusers fixes for one class of pipelines.
 
-    Attributes:
-        name: "sd3" or "flux".
-        pipeline: the class that model_index.json names.
-        parts: component -> the class it must have. (Tokenizers come in several classes, slow and
-            fast, which all read the same files.)
-        text_encoders: component -> class, of the text encoders.
-        optional: text encoders that may be absent.
-        towers: text encoder -> its name in `models.text`.
-        t5_length: tokens that T5 sees by default.
+def named_family(name: str) -> Family:
+    """The family of a short name, such as "flux".
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
     """
-
-    name: str
-    pipeline: str
-    parts: Mapping[str, str]
-    text_encoders: Mapping[str, str]
-    optional: tuple[str, ...]
-    towers: Mapping[str, str]
-    t5_length: int
-
-
-def _parts(transformer: str) -> dict[str, str]:
-    return {
-        "transformer": transformer,
-        "vae": "AutoencoderKL",
-        "scheduler": "FlowMatchEulerDiscreteScheduler",
-    }
-
-
-FAMILIES = (
-    Family(
-        name="sd3",
-        pipeline="StableDiffusion3Pipeline",
-        parts=_parts("SD3Transformer2DModel"),
-        text_encoders={
-            "text_encoder": "CLIPTextModelWithProjection",
-            "text_encoder_2": "CLIPTextModelWithProjection",
-            "text_encoder_3": "T5EncoderModel",
-        },
-        optional=("text_encoder_3",),
-        towers={"text_encoder": "clip", "text_encoder_2": "clip_2", "text_encoder_3": "t5"},
-        t5_length=256,
-    ),
-    Family(
-        name="flux",
-        pipeline="FluxPipeline",
-        parts=_parts("FluxTransformer2DModel"),
-        text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
-        optional=(),
-        towers={"text_encoder": "clip", "text_encoder_2": "t5"},
-        t5_length=512,
-    ),
-)
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ValueError(unknown("family", name, [family.name for family in FAMILIES]))
 
 
 def read_family(directory: Path) -> Family:
@@ -85,28 +47,48 @@ def read_family(directory: Path) -> Family:
     path = directory / "model_index.json"
     found = read_json(path).get("_class_name")
     for family in FAMILIES:
-        if family.pipeline == found:
-            for part, class_name in family.parts.items():
-                _check_part(path, part, class_name)
+        if family.class_name == found:
+            _check_part(path, "transformer", family.transformer_network.class_name)
+            _check_part(path, "vae", family.vae_network.class_name)
+            _check_part(path, "scheduler", family.scheduler_class)
             return family
-    known = ", ".join(family.pipeline for family in FAMILIES)
+    known = ", ".join(family.class_name for family in FAMILIES)
     raise WeightsError(f"{path}: is a {found}; supported: {known}")
 
 
-def present_text_encoders(directory: Path, family: Family) -> dict[str, str]:
-    """The text encoders that a pipeline has, component -> class.
+def present_text_encoders(directory: Path, family: Family) -> list[TextEncoder]:
+    """The text encoders that a pipeline has.
 
     Raises:
         WeightsError: one that must be there is absent, or is of another class.
     """
     path = directory / "model_index.json"
-    present = {}
-    for part, class_name in family.text_encoders.items():
-        if part in family.optional and _class_of(path, part) is None:
+    present = []
+    for encoder in family.text_encoders:
+        if encoder.optional and _class_of(path, encoder.part) is None:
             continue
-        _check_part(path, part, class_name)
-        present[part] = class_name
+        _check_part(path, encoder.part, encoder.class_name)
+        present.append(encoder)
     return present
+
+
+def transformer_network(directory: Path) -> Network:
+    """The network of a transformer's directory, whose config.json names its class.
+
+    Raises:
+        WeightsError: unreadable, or of a class that no family has.
+    """
+    path = directory / "config.json"
+    found = read_json(path).get("_class_name")
+    networks = {f.transformer_network.class_name: f.transformer_network for f in FAMILIES}
+    if found not in networks:
+        raise WeightsError(f"{path}: is a {found}; supported: {', '.join(networks)}")
+    return networks[found]
+
+
+def published_pipelines() -> dict[str, Files]:
+    """The published architectures of all families, name -> config files."""
+    return {name: files for family in FAMILIES for name, files in family.published.items()}
 
 
 def _class_of(index: Path, part: str) -> str | None:

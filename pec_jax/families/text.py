@@ -1,22 +1,123 @@
-"""Loading the text encoders of a pipeline directory."""
+"""The text encoders of a pipeline directory: what a family says of each, and loading one."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.families.registry import present_text_encoders, read_family
 from pec_jax.models import clip, t5
-from pec_jax.models.text import TextStack, TextTower, flux_conditioning, sd3_conditioning
+from pec_jax.models.text import TextTower
 from pec_jax.weights.convert import boxed_variables, from_torch
 from pec_jax.weights.tensors import WeightsError, read_json, read_tensors
+
+CLIP_LENGTH = 77  # tokens, of all published models
+
+
+class Built(NamedTuple):
+    """The network of a text encoder."""
+
+    module: Any  # token ids [N, L] (and their mask, where it is masked) -> what the family combines
+    ignored: Sequence[str]  # regular expressions of stored tensors that the module lacks
+    length: int | None = None  # tokens that its table of positions holds; None: any number
+
+
+Build = Callable[[Mapping[str, Any], Any], Built]  # (config.json, dtype) -> network
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family.
+
+    Attributes:
+        part: its component, such as "text_encoder_2"; "tokenizer_2" is its tokenizer's.
+        class_name: its class, which model_index.json names.
+        tower: its name in the `TextStack`.
+        build: its network.
+        length: tokens that published encoders take; 0 where the family's `text_length` decides.
+        optional: whether a pipeline may lack it.
+        masked: whether it is called with a mask of the tokens that are not padding.
+    """
+
+    part: str
+    class_name: str
+    tower: str
+    build: Build
+    length: int = 0
+    optional: bool = False
+    masked: bool = False
+
+    @property
+    def tokenizer(self) -> str:
+        """The component of its tokenizer."""
+        return self.part.replace("text_encoder", "tokenizer")
+
+
+def clip_encoder(part: str, tower: str, *, projected: bool) -> TextEncoder:
+    """A CLIP text encoder, with the projection into the space it shares with images or without."""
+
+    def build(values: Mapping[str, Any], dtype: Any) -> Built:
+        config = clip.CLIPTextConfig.from_dict(values)
+        module = clip.CLIPTextModel(config, dtype=dtype, with_projection=projected)
+        return Built(module, clip.IGNORED_TENSORS, config.max_position_embeddings)
+
+    name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    return TextEncoder(part, name, tower, build, CLIP_LENGTH)
+
+
+def t5_encoder(part: str, tower: str, *, optional: bool = False) -> TextEncoder:
+    """A T5 encoder, which takes texts of any length."""
+
+    def build(values: Mapping[str, Any], dtype: Any) -> Built:
+        return Built(t5.T5Encoder(t5.T5Config.from_dict(values), dtype=dtype), t5.IGNORED_TENSORS)
+
+    return TextEncoder(part, "T5EncoderModel", tower, build, optional=optional)
+
+
+def load_tower(
+    root: Path, encoder: TextEncoder, text_length: int, dtype: Any, variant: str = ""
+) -> TextTower:
+    """Loads one text encoder and its tokenizer.
+
+    Args:
+        root: the pipeline's directory.
+        encoder: which.
+        text_length: tokens, for an encoder without a length of its own.
+        dtype: in which it is kept and computes.
+        variant: such as "fp16", where there are several files of weights.
+
+    Raises:
+        WeightsError: a file or tensor is missing, left over or misshapen; an unsupported config.
+    """
+    tokenizer = load_tokenizer(root / encoder.tokenizer)
+    directory = root / encoder.part
+    values = read_json(directory / "config.json")
+    try:
+        module, ignore, length = encoder.build(values, dtype)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise WeightsError(f"{directory / 'config.json'}: {error}") from error
+    ids = np.zeros((1, 2), np.int32)
+    inputs = (ids, ids > 0) if encoder.masked else (ids,)
+    variables = load_variables(
+        directory, module, *inputs, ignore=ignore, dtype=dtype, variant=variant
+    )
+    length = min(length or text_length, tokenizer.model_max_length)
+    return TextTower(module, variables, tokenizer, length, masked=encoder.masked)
+
+
+def stored_length(root: Path, encoder: TextEncoder, text_length: int) -> int:
+    """The tokens of an encoder, from its tokenizer's config alone, which may be absent."""
+    length = encoder.length or text_length
+    path = root / encoder.tokenizer / "tokenizer_config.json"
+    if not path.is_file():
+        return length
+    return min(length, int(read_json(path).get("model_max_length", length)))
 
 
 def load_variables(
@@ -75,68 +176,3 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     except (OSError, ValueError) as error:
         raise WeightsError(f"{directory}: no usable tokenizer: {error}") from error
-
-
-def _load_tower(
-    root: Path, part: str, class_name: str, t5_length: int, dtype: jnp.dtype, variant: str
-) -> TextTower:
-    """One encoder and its tokenizer; T5 has no length of its own."""
-    tokenizer = load_tokenizer(root / part.replace("text_encoder", "tokenizer"))
-    directory = root / part
-    values = read_json(directory / "config.json")
-    try:
-        if class_name == "T5EncoderModel":
-            module: Any = t5.T5Encoder(t5.T5Config.from_dict(values), dtype=dtype)
-            ignore, length = t5.IGNORED_TENSORS, t5_length
-        else:
-            config = clip.CLIPTextConfig.from_dict(values)
-            projected = class_name == "CLIPTextModelWithProjection"
-            module = clip.CLIPTextModel(config, dtype=dtype, with_projection=projected)
-            ignore, length = clip.IGNORED_TENSORS, config.max_position_embeddings
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise WeightsError(f"{directory / 'config.json'}: {error}") from error
-    ids = np.zeros((1, 2), np.int32)
-    variables = load_variables(directory, module, ids, ignore=ignore, dtype=dtype, variant=variant)
-    return TextTower(module, variables, tokenizer, min(length, tokenizer.model_max_length))
-
-
-def load_text_stack(
-    directory: str | Path,
-    dtype: jnp.dtype = jnp.float32,
-    *,
-    t5_length: int = 0,
-    variant: str = "",
-) -> TextStack:
-    """Loads tokenizers and text encoders of a pipeline in diffusers' directory layout.
-
-    Args:
-        directory: holds model_index.json, which says which encoders there are, and their
-            directories.
-        dtype: in which the encoders are kept and compute.
-        t5_length: tokens that T5 sees; 0 is diffusers' own choice, 256 for Stable Diffusion 3
-            and 512 for FLUX.1.
-        variant: such as "fp16", where there are several files of weights.
-
-    Returns:
-        The text stack, ready to encode prompts.
-
-    Raises:
-        WeightsError: a file or tensor is missing, left over or misshapen; a config that we cannot
-            compute.
-    """
-    root = Path(directory)
-    family = read_family(root)
-    t5_length = t5_length or family.t5_length
-    classes = present_text_encoders(root, family)
-    towers = {
-        family.towers[part]: _load_tower(root, part, name, t5_length, dtype, variant)
-        for part, name in classes.items()
-    }
-    if family.name == "flux":
-        return TextStack(towers, flux_conditioning)
-    # As in diffusers, the first tokenizer's length holds for both CLIP towers.
-    shortest = min(towers[name].length for name in ("clip", "clip_2"))
-    for name in ("clip", "clip_2"):
-        towers[name] = dataclasses.replace(towers[name], length=shortest)
-    width = read_json(root / "transformer" / "config.json").get("joint_attention_dim", 4096)
-    return TextStack(towers, sd3_conditioning(t5_length, width))

@@ -10,17 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.flow.sampler import VelocityFn
-from pec_jax.types import Conditioning, PyTree
+from pec_jax.flow.sampler import Velocity
 
 Array = jax.Array
 
 
 def output_log_prob(
-    velocity_fn: VelocityFn,
-    params: PyTree,
+    velocity: Velocity,
     x_1: Array,
-    conditioning: Conditioning,
     *,
     sigmas: Array | np.ndarray,
     key: Array,
@@ -38,10 +35,8 @@ def output_log_prob(
     div v = E e^T J e over Rademacher probes e (Hutchinson), exact where J is diagonal.
 
     Args:
-        velocity_fn: the model, guided or not.
-        params: what it takes first.
+        velocity: the model, guided or not, with its weights and prompts in place.
         x_1: [N, ...] unit Gaussian noise.
-        conditioning: [N, ...].
         sigmas: [T + 1] from 1 to 0.
         key: of the probes; step t draws from fold_in(key, t).
         num_probes: a step, >= 1; each costs a Jacobian-vector product, one after another. A step
@@ -68,15 +63,15 @@ def output_log_prob(
 
         dt = sigma_next - sigma
 
-        def velocity(x, sigma):
-            return velocity_fn(params, x, sigma, conditioning).astype(jnp.float32)
+        def field(x, sigma):
+            return velocity(x, sigma).astype(jnp.float32)
 
         middle = sigma + 0.5 * dt
-        x_middle = x + velocity(x, sigma) * (0.5 * dt)
+        x_middle = x + field(x, sigma) * (0.5 * dt)
 
         def probe(key):
             direction = jax.random.rademacher(key, x.shape, jnp.float32)
-            v, along = jax.jvp(lambda x: velocity(x, middle), (x_middle,), (direction,))
+            v, along = jax.jvp(lambda x: field(x, middle), (x_middle,), (direction,))
             return v, jnp.mean(direction * along, axis=axes)
 
         v, divergence = jax.lax.map(

@@ -8,20 +8,29 @@ is the one the update will read back.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key
 
-from pec_jax.flow.transition import Kernel, get_kernel, log_prob, ode
-from pec_jax.types import Conditioning, PyTree, Trajectory
+from pec_jax.flow.transition import get_kernel, log_prob, ode, schedule_stds
+from pec_jax.types import Conditioning, PyTree, Trajectory, Transition
 
-Array = jax.Array
-
-# velocity_fn(params, x_t [N, ...], sigma (scalar or [N]), conditioning [N, ...]) -> [N, ...]
+# (x_t [N, ...], sigma (scalar or [N])) -> v [N, ...]: a model with its weights and prompts in place
+Velocity = Callable[[Array, Array], Array]
+# (variables, x_t [N, ...], sigma (scalar or [N]), conditioning [N, ...]) -> v [N, ...]
 VelocityFn = Callable[[PyTree, Array, Array, Conditioning], Array]
+
+
+class StepLogProb(NamedTuple):
+    """What a policy says of steps already taken; float32."""
+
+    logp: Float[Array, " n"]  # log-density, mean over dimensions; 0 where the step had no noise
+    mean: Float[Array, "n ..."]  # of the kernel
+    std: Float[Array, "..."]  # of the kernel; broadcasts with the mean
 
 
 def guided(velocity_fn: VelocityFn, scale: float, negative: Conditioning | None) -> VelocityFn:
@@ -48,7 +57,7 @@ def guided(velocity_fn: VelocityFn, scale: float, negative: Conditioning | None)
     if negative is None:
         raise ValueError(f"Guidance scale {scale} needs a negative conditioning; 1 needs none.")
 
-    def velocity(params, x_t, sigma, conditioning):
+    def velocity(variables, x_t, sigma, conditioning):
         def both(positive, other):  # [N, ...] twice -> [2 N, ...]
             # Interleaved and not end to end: of a batch sharded over devices, the two halves
             # of an image stay on one device and nothing moves.
@@ -57,7 +66,7 @@ def guided(velocity_fn: VelocityFn, scale: float, negative: Conditioning | None)
 
         sigma = jnp.asarray(sigma)
         doubled = velocity_fn(
-            params,
+            variables,
             both(x_t, x_t),
             both(sigma, sigma) if sigma.ndim else sigma,
             jax.tree.map(both, conditioning, negative),
@@ -69,128 +78,146 @@ def guided(velocity_fn: VelocityFn, scale: float, negative: Conditioning | None)
     return velocity
 
 
-def sample(
-    velocity_fn: VelocityFn,
-    params: PyTree,
-    x_1: Array,
-    conditioning: Conditioning,
-    *,
-    sigmas: Array | np.ndarray,
-    kernel: str | Kernel,
-    noise_level: float | Array,
-    stochastic: Sequence[bool],
-    key: Array,
-    storage_dtype: Any = jnp.float32,
-    keep_predictions: bool = False,
-) -> Trajectory:
-    """Samples paths from noise to image, with the log-prob of every stochastic step.
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlowSampler:
+    """How a path goes from noise to image: all that rollout and update must agree on.
 
-    Args:
-        velocity_fn: the model, guided or not.
-        params: what it takes first.
-        x_1: [N, h, w, C] unit Gaussian noise.
-        conditioning: [N, ...].
-        sigmas: [T + 1] from 1 to 0.
-        kernel: of the stochastic steps, or its name.
+    Attributes:
+        sigmas: [T + 1] float32 from 1 to 0.
+        kernel: of the stochastic steps, by name; the others follow the ODE.
         noise_level: as the kernel takes it.
-        stochastic: T booleans (static); the other steps follow the ODE.
-        key: the only source of noise; one, or [N], one an image (see `image_keys`).
+        stochastic: [T] which steps are stochastic, and trained; () is none.
         storage_dtype: of the states. Each is rounded to it before anything else reads it.
-        keep_predictions: fill x_0_hat = x_t - sigma v, float32, of every step.
-
-    Returns:
-        The trajectory: states in storage_dtype, logp float32 (0 at ODE steps), x_0 float32.
 
     Raises:
-        ValueError: where `stochastic` and `sigmas` disagree about T, or for an unknown kernel.
+        ValueError: `stochastic` and `sigmas` disagree about T, or there is no such kernel.
     """
-    advance, xs = _prepare(
-        velocity_fn, params, conditioning, sigmas, kernel, noise_level, stochastic, key
-    )
 
-    def step(x_t, x):
-        x_next, logp, x_0_hat = advance(x_t, x, storage_dtype)
-        return x_next, (x_next, logp, x_0_hat if keep_predictions else None)
+    sigmas: np.ndarray
+    kernel: str = "ode"
+    noise_level: float = 0.0
+    stochastic: tuple[bool, ...] = ()
+    storage_dtype: Any = jnp.float32
 
-    x_1 = x_1.astype(storage_dtype)
-    x_0, (x_next, logp, x_0_hat) = jax.lax.scan(step, x_1, xs)
-    x_t = jnp.concatenate([x_1[None], x_next[:-1]])
-    return Trajectory(
-        x_t=x_t, x_next=x_next, logp=logp, x_0=x_0.astype(jnp.float32), x_0_hat=x_0_hat
-    )
+    def __post_init__(self) -> None:
+        get_kernel(self.kernel)
+        if self.stochastic and len(self.stochastic) != self.num_steps:
+            raise ValueError(
+                f"stochastic names {len(self.stochastic)} steps, but {len(self.sigmas)} sigmas "
+                f"make {self.num_steps}."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.sigmas) - 1
+
+    @property
+    def trained_steps(self) -> np.ndarray:
+        """Indices [S] of the stochastic steps."""
+        return np.flatnonzero(self.stochastic)
+
+    def step_std(self) -> Float[Array, " s"]:
+        """Std of the policy at the trained steps; the schedule alone decides it."""
+        return schedule_stds(self.sigmas, self.kernel, self.noise_level)[self.trained_steps]
+
+    def sample(
+        self,
+        velocity: Velocity,
+        x_1: Float[Array, "n ..."],
+        key: Key[Array, "..."],
+        *,
+        keep_predictions: bool = False,
+    ) -> Trajectory:
+        """Samples paths from noise to image, with the log-prob of every stochastic step.
+
+        Args:
+            velocity: the model, guided or not.
+            x_1: unit Gaussian noise.
+            key: the only source of noise; one, or [N], one per image (see `image_keys`).
+            keep_predictions: fill x_0_hat = x_t - sigma v, float32, of every step.
+
+        Returns:
+            The trajectory: states in storage_dtype, logp float32 (0 at ODE steps), x_0 float32.
+        """
+        advance, xs = self._prepare(velocity, key)
+
+        def step(x_t, x):
+            x_next, logp, x_0_hat = advance(x_t, x)
+            return x_next, (x_next, logp, x_0_hat if keep_predictions else None)
+
+        x_1 = x_1.astype(self.storage_dtype)
+        x_0, (x_next, logp, x_0_hat) = jax.lax.scan(step, x_1, xs)
+        x_t = jnp.concatenate([x_1[None], x_next[:-1]])
+        return Trajectory(
+            x_t=x_t, x_next=x_next, logp=logp, x_0=x_0.astype(jnp.float32), x_0_hat=x_0_hat
+        )
+
+    def final(
+        self, velocity: Velocity, x_1: Float[Array, "n ..."], key: Key[Array, "..."] | None
+    ) -> Float[Array, "n ..."]:
+        """The final latents, float32, without keeping the paths.
+
+        Args: as for `sample`; without stochastic steps `key` is not read and may be None.
+        """
+        advance, xs = self._prepare(velocity, key)
+
+        def step(x_t, x):
+            return advance(x_t, x)[0], None
+
+        x_0 = jax.lax.scan(step, x_1.astype(self.storage_dtype), xs)[0]
+        return x_0.astype(jnp.float32)
+
+    def log_prob(self, velocity: Velocity, taken: Transition) -> StepLogProb:
+        """What the policy that `velocity` belongs to says of steps already taken.
+
+        Args:
+            velocity: the model, guided as it was in the rollout.
+            taken: steps of N paths.
+        """
+        mean, std, _ = self._transition(velocity, taken.x_t, taken.sigma, taken.sigma_next)
+        return StepLogProb(_score(taken.x_next, mean, std), mean, std)
+
+    def _prepare(self, velocity: Velocity, key: Array | None) -> tuple[Callable, tuple]:
+        """One step as a function of its state and of the scan's inputs, and those inputs."""
+        noisy_steps = self.stochastic or (False,) * self.num_steps
+        sigmas = jnp.asarray(self.sigmas, jnp.float32)
+        xs = (jnp.arange(self.num_steps), sigmas[:-1], sigmas[1:], jnp.asarray(noisy_steps))
+
+        def advance(x_t, x):
+            step, sigma, sigma_next, noisy = x
+            mean, std, v = self._transition(velocity, x_t, sigma, sigma_next)
+            mean_ode = ode(x_t, v, sigma, sigma_next)[0]
+            x_0_hat = ode(x_t, v, sigma, 0.0)[0]
+            if not any(noisy_steps):
+                no_logp = jnp.zeros(x_t.shape[0], jnp.float32)
+                return mean_ode.astype(self.storage_dtype), no_logp, x_0_hat
+            noise = _step_noise(key, step, x_t.shape)
+            x_next = jnp.where(noisy, mean + std * noise, mean_ode).astype(self.storage_dtype)
+            return x_next, jnp.where(noisy, _score(x_next, mean, std), 0.0), x_0_hat
+
+        return advance, xs
+
+    def _transition(self, velocity, x_t, sigma, sigma_next):
+        """Mean and std of the kernel, and the velocity, at one state."""
+        v = velocity(x_t, sigma)
+        mean, std = get_kernel(self.kernel)(
+            x_t,
+            v,
+            _per_image(sigma, x_t),
+            _per_image(sigma_next, x_t),
+            noise_level=self.noise_level,
+            sigma_max=jnp.asarray(self.sigmas, jnp.float32)[1],
+        )
+        return mean, std, v
 
 
-def sample_final(
-    velocity_fn: VelocityFn,
-    params: PyTree,
-    x_1: Array,
-    conditioning: Conditioning,
-    *,
-    sigmas: Array | np.ndarray,
-    kernel: str | Kernel,
-    noise_level: float | Array,
-    stochastic: Sequence[bool],
-    key: Array,
-) -> Array:
-    """The final latents of `sample`'s float32 paths, without keeping the paths.
-
-    Args and Raises: as for `sample`.
-
-    Returns:
-        x_0 [N, h, w, C] float32.
-    """
-    advance, xs = _prepare(
-        velocity_fn, params, conditioning, sigmas, kernel, noise_level, stochastic, key
-    )
-
-    def step(x_t, x):
-        return advance(x_t, x, jnp.float32)[0], None
-
-    return jax.lax.scan(step, x_1.astype(jnp.float32), xs)[0]
-
-
-def sample_ode(
-    velocity_fn: VelocityFn,
-    params: PyTree,
-    x_1: Array,
-    conditioning: Conditioning,
-    *,
-    sigmas: Array | np.ndarray,
-) -> Array:
-    """The final latents of the probability-flow ODE; diffusers' Euler sampler.
-
-    Args:
-        velocity_fn: the model, guided or not.
-        params: what it takes first.
-        x_1: [N, h, w, C] unit Gaussian noise.
-        conditioning: [N, ...].
-        sigmas: [T + 1] from 1 to 0.
-
-    Returns:
-        x_0 [N, h, w, C] float32.
-    """
-    return sample_final(
-        velocity_fn,
-        params,
-        x_1,
-        conditioning,
-        sigmas=sigmas,
-        kernel=ode,
-        noise_level=0.0,
-        stochastic=(False,) * (len(sigmas) - 1),
-        key=jax.random.key(0),  # never drawn from
-    )
-
-
-def image_keys(key: Array, num_images: int) -> Array:
-    """One key an image, so that its noise does not depend on what is drawn beside it.
+def image_keys(key: Key[Array, ""], num_images: int) -> Key[Array, " n"]:
+    """One key per image, so that its noise does not depend on what is drawn beside it.
 
     Args:
         key: of all.
         num_images: N.
-
-    Returns:
-        [N] keys.
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_images))
 
@@ -201,102 +228,11 @@ def swap_images_and_steps(trajectory: Trajectory) -> Trajectory:
     return dataclasses.replace(swapped, x_0=trajectory.x_0)
 
 
-def step_log_prob(
-    velocity_fn: VelocityFn,
-    params: PyTree,
-    x_t: Array,
-    x_next: Array,
-    sigma: Array,
-    sigma_next: Array,
-    conditioning: Conditioning,
-    *,
-    kernel: str | Kernel,
-    noise_level: float | Array,
-    sigma_max: float | Array,
-) -> tuple[Array, Array, Array]:
-    """The log-prob that the policy of `params` gives to a step already taken.
-
-    Args:
-        velocity_fn: the model, guided as it was in the rollout.
-        params: what to differentiate with respect to.
-        x_t: [N, h, w, C] as stored.
-        x_next: [N, h, w, C] as stored.
-        sigma: scalar or [N].
-        sigma_next: scalar or [N].
-        conditioning: [N, ...].
-        kernel: of the rollout, or its name.
-        noise_level: of the rollout.
-        sigma_max: sigmas[1] of the rollout's schedule.
-
-    Returns:
-        logp [N], mean [N, h, w, C], std (broadcasts with mean), float32.
-    """
-    mean, std, _ = _transition(
-        velocity_fn,
-        params,
-        x_t,
-        sigma,
-        sigma_next,
-        conditioning,
-        kernel=get_kernel(kernel),
-        noise_level=noise_level,
-        sigma_max=sigma_max,
-    )
-    return _score(x_next, mean, std), mean, std
-
-
-def _prepare(velocity_fn, params, conditioning, sigmas, kernel, noise_level, stochastic, key):
-    """One step as a function of its state and of the scan's inputs, and those inputs."""
-    num_steps = len(sigmas) - 1
-    if len(stochastic) != num_steps:
-        raise ValueError(
-            f"stochastic names {len(stochastic)} steps, but {len(sigmas)} sigmas make {num_steps}."
-        )
-    kernel = get_kernel(kernel)
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    xs = (jnp.arange(num_steps), sigmas[:-1], sigmas[1:], jnp.asarray(stochastic))
-
-    def advance(x_t, x, storage_dtype):
-        step, sigma, sigma_next, noisy = x
-        mean, std, velocity = _transition(
-            velocity_fn,
-            params,
-            x_t,
-            sigma,
-            sigma_next,
-            conditioning,
-            kernel=kernel,
-            noise_level=noise_level,
-            sigma_max=sigmas[1],
-        )
-        mean_ode = ode(x_t, velocity, sigma, sigma_next)[0]
-        x_0_hat = ode(x_t, velocity, sigma, 0.0)[0]
-        if not any(stochastic):
-            return mean_ode.astype(storage_dtype), jnp.zeros(x_t.shape[0], jnp.float32), x_0_hat
-        noise = _step_noise(key, step, x_t.shape)
-        x_next = jnp.where(noisy, mean + std * noise, mean_ode).astype(storage_dtype)
-        return x_next, jnp.where(noisy, _score(x_next, mean, std), 0.0), x_0_hat
-
-    return advance, xs
-
-
 def _step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
     """Unit Gaussian noise [N, ...] of one step; one key, or [N]."""
     keys = key if key.ndim else image_keys(key, shape[0])
     draw = lambda k: jax.random.normal(jax.random.fold_in(k, step), shape[1:], jnp.float32)  # noqa: E731
     return jax.vmap(draw)(keys)
-
-
-def _transition(
-    velocity_fn, params, x_t, sigma, sigma_next, conditioning, *, kernel, noise_level, sigma_max
-):
-    """Mean and std of the kernel, and the velocity, at one state."""
-    velocity = velocity_fn(params, x_t, sigma, conditioning)
-    sigma, sigma_next = _per_image(sigma, x_t), _per_image(sigma_next, x_t)
-    mean, std = kernel(
-        x_t, velocity, sigma, sigma_next, noise_level=noise_level, sigma_max=sigma_max
-    )
-    return mean, std, velocity
 
 
 def _score(x_next: Array, mean: Array, std: Array) -> Array:

@@ -12,11 +12,11 @@ from absl import logging
 from tqdm import tqdm
 
 from pec_jax.errors import RunError
-from pec_jax.families import generation
+from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory
-from pec_jax.families.pipeline import Pipeline, load_pipeline
-from pec_jax.flow.sampler import sample_final
-from pec_jax.rl.program import bind
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.flow.sampler import FlowSampler
+from pec_jax.rl.policy import bind
 from pec_jax.training.metric_writer import image_grid, save_png, to_picture
 from pec_jax.training.run_directory import learned_params, run_config
 from pec_jax.types import Array, Conditioning, PyTree
@@ -66,7 +66,7 @@ def run(request: Request, out: Path) -> None:
         variant=request.variant,
         sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
     )
-    shape = generation.latent_size(pipeline, request.height, request.width)
+    shape = pipeline.latent_shape(request.height, request.width)
     count = len(request.prompts) * request.num_images
     noise = initial_latents(request, count, shape)
     variables = pipeline.transformer_variables
@@ -134,27 +134,22 @@ def draw(
     prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
     encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
     negative = jax.tree.map(lambda a: a[-1:], encoded)
-    sigmas = generation.sigmas(pipeline, request.num_steps, *noise.shape[1:3])
+    stochastic = request.sampler != "ode"
+    sampler = FlowSampler(
+        pipeline.sigmas(request.num_steps, noise.shape[1:]),
+        kernel=request.sampler,
+        noise_level=request.noise_level,
+        stochastic=(True,) * request.num_steps if stochastic else (),
+    )
     guidance = request.guidance
     if guidance is None:
-        guidance = generation.usual_guidance(pipeline)
-    velocity = generation.guide_function(pipeline)(guidance, negative)
-    decode = generation.decode_function(pipeline)
+        guidance = pipeline.default_guidance
+    velocity = pipeline.guide(guidance, negative)
 
     @jax.jit
     def draw_batch(variables, vae, x_1: Array, conditioning: Conditioning, key: Array):
-        latents = sample_final(
-            velocity,
-            variables,
-            x_1,
-            conditioning,
-            sigmas=sigmas,
-            kernel=request.sampler,
-            noise_level=request.noise_level,
-            stochastic=(request.sampler != "ode",) * request.num_steps,
-            key=key,
-        )
-        return latents, decode(vae, latents)
+        latents = sampler.final(lambda x, s: velocity(variables, x, s, conditioning), x_1, key)
+        return latents, pipeline.decode(vae, latents)
 
     variables, vae = jax.device_put((variables, pipeline.vae_variables))
     size = min(request.batch_size, len(prompt_of))

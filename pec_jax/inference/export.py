@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from pec_jax.config.schema import TrainableConfig, unknown
+from pec_jax.config import unknown
+from pec_jax.config.schema import TrainableConfig
 from pec_jax.errors import RunError
 from pec_jax.families.locate import pipeline_directory
-from pec_jax.families.pipeline import STEM, load_pipeline
+from pec_jax.families.networks import STEM
+from pec_jax.families.pipeline import load_pipeline
 from pec_jax.models import lora
 from pec_jax.training.run_directory import learned_params, run_config
 from pec_jax.types import PyTree

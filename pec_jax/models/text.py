@@ -1,19 +1,6 @@
-"""From prompts to conditioning, as Stable Diffusion 3 and FLUX.1 do it.
+"""Text encoders side by side: prompts to tokens, and tokens to conditioning, in batches.
 
-Stable Diffusion 3 has two CLIP towers and a T5 encoder:
-
-    tokens = concat_L(pad_D(concat_D(clip, clip_2)), t5),  pooled = concat_D(embeds, embeds_2)
-
-where clip are hidden states before the last layer, padded with zeros to T5's width, and embeds the
-projected end-of-text features. FLUX.1 has one CLIP tower, of which it takes the end-of-text
-feature only, and a T5 encoder:
-
-    tokens = t5,  pooled = end_of_text(clip)
-
-No attention mask is used: padding is part of the input.
-
-Source: Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image
-Synthesis", figure 2; the details are those of `encode_prompt` of diffusers' pipelines.
+How the encoders' outputs become one conditioning is the family's business (`families/`).
 """
 
 from __future__ import annotations
@@ -22,96 +9,51 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.models.clip import CLIPTextModel
-from pec_jax.models.t5 import T5Encoder
-from pec_jax.types import Conditioning
+from pec_jax.types import Array, Conditioning
 
-Array = jax.Array
 Tokenizer = Callable[..., Mapping[str, Any]]  # a Hugging Face tokenizer
-TokenIds = dict[str, np.ndarray]  # tower -> [N, L] int32, the same prompts for each
-Combine = Callable[[Mapping[str, Any]], Conditioning]  # outputs of the towers -> conditioning
 
 
-def join(clip: Array, clip_2: Array, t5: Array) -> Array:
-    """Puts the tokens of Stable Diffusion 3's encoders into one sequence.
+class Tokens(NamedTuple):
+    """Prompts as one tower reads them."""
 
-    Args:
-        clip: hidden states of the first CLIP tower [N, L, D1].
-        clip_2: hidden states of the second [N, L, D2].
-        t5: hidden states of T5 [N, M, D], D >= D1 + D2.
-
-    Returns:
-        [N, L + M, D]: the CLIP tokens side by side and filled up with zeros, then those of T5.
-
-    Raises:
-        ValueError: the CLIP widths exceed T5's.
-    """
-    both = jnp.concatenate([clip, clip_2], axis=-1)
-    missing = t5.shape[-1] - both.shape[-1]
-    if missing < 0:
-        raise ValueError(
-            f"the CLIP text encoders are {clip.shape[-1]} + {clip_2.shape[-1]} wide, "
-            f"more than T5's {t5.shape[-1]}"
-        )
-    both = jnp.pad(both, ((0, 0), (0, 0), (0, missing)))
-    return jnp.concatenate([both, t5.astype(both.dtype)], axis=1)
+    ids: np.ndarray  # [N, L] int32
+    mask: np.ndarray  # [N, L] bool, False where the prompt was padded
 
 
-def sd3_conditioning(t5_length: int, width: int) -> Combine:
-    """Stable Diffusion 3's combination of "clip", "clip_2" and, if there is one, "t5".
-
-    Args:
-        t5_length: M, tokens of zeros that stand in the place of T5's where it is left out.
-        width: D of those tokens.
-
-    Returns:
-        Outputs of the towers -> Conditioning, fp32 whatever the towers compute in.
-    """
-
-    def combine(outputs: Mapping[str, Any]) -> Conditioning:
-        clip, clip_2 = outputs["clip"], outputs["clip_2"]
-        t5 = outputs.get("t5")
-        if t5 is None:
-            t5 = jnp.zeros((clip.pooled.shape[0], t5_length, width))
-        tokens = join(clip.penultimate, clip_2.penultimate, t5)
-        pooled = jnp.concatenate([clip.text_embeds, clip_2.text_embeds], axis=-1)
-        return Conditioning(tokens.astype(jnp.float32), pooled.astype(jnp.float32))
-
-    return combine
-
-
-def flux_conditioning(outputs: Mapping[str, Any]) -> Conditioning:
-    """FLUX.1's combination of "clip" and "t5"; fp32 whatever the towers compute in."""
-    return Conditioning(
-        outputs["t5"].astype(jnp.float32), outputs["clip"].pooled.astype(jnp.float32)
-    )
+# (outputs of the towers, masks [N, L] of their tokens) -> conditioning, by name of the tower
+Combine = Callable[[Mapping[str, Any], Mapping[str, Array]], Conditioning]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
     """One text encoder, its weights and its tokenizer."""
 
-    module: CLIPTextModel | T5Encoder
+    module: Any  # ids [N, L] int32 (and mask [N, L] bool, where it is masked) -> output
     variables: Any
     tokenizer: Tokenizer
     length: int  # tokens; prompts are padded and cut to this
+    masked: bool = False  # whether the module takes the mask
+
+    def cut_to(self, length: int) -> TextTower:
+        """The same tower with prompts of another length, in tokens."""
+        return dataclasses.replace(self, length=length)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextStack:
     """The text encoders of a pipeline, and how their outputs become its conditioning."""
 
-    towers: Mapping[str, TextTower]  # "clip", "clip_2", "t5"
+    towers: Mapping[str, TextTower]  # such as "clip", "clip_2" and "t5"
     combine: Combine
-    batch_size: int = 16  # prompts a call of the compiled function
+    batch_size: int = 16  # prompts per call of the compiled function
 
-    def tokenize(self, prompts: Sequence[str]) -> TokenIds:
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tokens]:
         """Turns prompts into ids, padded and cut to each encoder's length.
 
         Warns once, however many prompts and encoders are concerned, if anything was cut off.
@@ -120,17 +62,23 @@ class TextStack:
             prompts: N prompts.
 
         Returns:
-            Tower -> [N, L] int32.
+            Tower -> tokens [N, L].
         """
-        ids: dict[str, np.ndarray] = {}
+        tokens: dict[str, Any] = {}
         too_long: dict[str, None] = {}  # a set that remembers the order
         for name, tower in self.towers.items():
             whole = tower.tokenizer(list(prompts), verbose=False)["input_ids"]
             too_long.update({p: None for p, row in zip(prompts, whole) if len(row) > tower.length})
             cut = tower.tokenizer(
-                list(prompts), padding="max_length", max_length=tower.length, truncation=True
-            )["input_ids"]
-            ids[name] = np.asarray(cut, np.int32)
+                list(prompts),
+                padding="max_length",
+                max_length=tower.length,
+                truncation=True,
+                return_attention_mask=True,
+            )
+            tokens[name] = Tokens(
+                np.asarray(cut["input_ids"], np.int32), np.asarray(cut["attention_mask"], bool)
+            )
         if too_long:
             limits = ", ".join(f"{name} {tower.length}" for name, tower in self.towers.items())
             warnings.warn(
@@ -139,7 +87,7 @@ class TextStack:
                 f"{next(iter(too_long))!r}",
                 stacklevel=2,
             )
-        return ids
+        return tokens
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes prompts, in batches of one compiled size.
@@ -148,7 +96,7 @@ class TextStack:
             prompts: N prompts, at least one.
 
         Returns:
-            Conditioning of NumPy arrays: tokens [N, L, D], pooled [N, Dp], fp32.
+            Conditioning of NumPy arrays [N, ...], fp32 but for the mask.
 
         Raises:
             ValueError: no prompt at all.
@@ -158,20 +106,26 @@ class TextStack:
         count = len(prompts)
         # Few sizes, so that one prompt does not pay for a whole batch and little is compiled.
         size = min(self.batch_size, 1 << (count - 1).bit_length())
-        ids = self.tokenize(prompts)
+        tokens = self.tokenize(prompts)
         variables = {name: tower.variables for name, tower in self.towers.items()}
         parts = []
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            chunk = {name: a[rows] for name, a in ids.items()}
+            chunk = jax.tree.map(lambda a: a[rows], tokens)  # noqa: B023
             parts.append(jax.device_get(self._run(variables, chunk)))
         return jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)
 
     @functools.cached_property
-    def _run(self) -> Callable[[Any, TokenIds], Conditioning]:
-        modules: dict[str, Any] = {name: tower.module for name, tower in self.towers.items()}
+    def _run(self) -> Callable[[Any, dict[str, Tokens]], Conditioning]:
+        towers = self.towers
 
-        def run(variables: Any, ids: TokenIds) -> Conditioning:
-            return self.combine({n: m.apply(variables[n], ids[n]) for n, m in modules.items()})
+        def run(variables: Any, tokens: dict[str, Tokens]) -> Conditioning:
+            outputs = {
+                name: tower.module.apply(
+                    variables[name], *(tokens[name] if tower.masked else tokens[name][:1])
+                )
+                for name, tower in towers.items()
+            }
+            return self.combine(outputs, {name: tokens[name].mask for name in towers})
 
         return jax.jit(run)

@@ -1,4 +1,4 @@
-"""The train step of a config, compiled for chips that are not there, and what that shows.
+"""The train step of a config, ahead-of-time compiled for a topology you do not have.
 
 Everything is a shape: no weights are read and no memory is taken, so that a step for a pod
 compiles on a laptop. The program is the one that trains: the same functions, shardings and
@@ -20,25 +20,23 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from pec_jax.config.schema import Config, ConfigError, unknown
+from pec_jax.config import Config, ConfigError, unknown
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed import mesh as sharding
-from pec_jax.families import published
+from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory
-from pec_jax.families.pipeline import Pipeline
-from pec_jax.perception.encoders import Encoder, load_encoder
+from pec_jax.families.registry import published_pipelines
+from pec_jax.perception.networks import Networks
+from pec_jax.perception.published import ENCODERS
 from pec_jax.profiling import flops
 from pec_jax.profiling.chips import CHIPS, Chip, roofline
 from pec_jax.profiling.collectives import collectives
-from pec_jax.rl import program as program_lib
-from pec_jax.rl.program import Frozen, Program, initial_state
-from pec_jax.rl.train_step import train_step
-from pec_jax.training import build as assemble
-from pec_jax.types import Batch, Conditioning, PyTree, TrainState
+from pec_jax.rewards.base import Reward
+from pec_jax.rl.train_step import Program, train_step
+from pec_jax.training import build
+from pec_jax.types import Batch, Frozen, PyTree, TrainState
+from pec_jax.weights import published
 from pec_jax.weights.hub import model_directory
-from pec_jax.weights.tensors import read_json
-
-CLIP_LENGTH = 77  # tokens, of all published models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ def topology_devices(name: str) -> tuple[list[Any], Chip]:
     except Exception as error:  # libtpu is missing, or knows no such topology
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--topology={name} cannot be had: {reason} Install the TPU compiler with "
+            f"--topology={name} is unavailable: {reason} Install the TPU compiler with "
             "`pip install 'pec_jax[tpu]'`, and give chips as kind:AxB, such as v5e:4x4, or "
             "v5p:4x4x4."
         ) from None
@@ -108,30 +106,29 @@ def abstract_step(
     Raises:
       ConfigError: as `compile_step`.
     """
-    assemble.check_names(config)
+    build.check(config)
     mesh = sharding.make_mesh(config, devices)
     place = sharding.placement(mesh, config)
     with tempfile.TemporaryDirectory() as scratch:
-        pipeline, encoders, text = _architecture(config, place, Path(scratch))
-    program = assemble.make_program(config, pipeline, encoders)
-    return mesh, program, *_arguments(config, program, pipeline, encoders, text, place)
+        pipeline, networks = _architecture(config, place, Path(scratch))
+        program = build.make_program(config, pipeline, build.make_judges(config, networks))
+    return mesh, program, *_arguments(config, program, (pipeline, networks), place)
 
 
 def _architecture(
     config: Config, place: sharding.Placement, scratch: Path
-) -> tuple[Pipeline, dict[str, Encoder], int]:
-    """Networks and the shapes of their variables, and the number of text tokens."""
+) -> tuple[Pipeline, Networks]:
+    """The pipeline and the source of networks, with shapes for weights."""
     root = config_files(config.model.path, scratch / "pipeline", pipeline=True)
-    pipeline = assemble.load_model(config, root, place, weights=False)
-    encoders = {}
-    for name, path in config.encoders.items():
-        directory = root / "encoders" / name
-        if path:
-            directory = config_files(path, scratch / "encoders" / name, pipeline=False)
-        dtype = jnp.dtype(config.model.encoder_dtype)
-        encoder = load_encoder(directory, dtype, sharding=place, weights=False)
-        encoders[name] = encoder.without_text()
-    return pipeline, encoders, _text_length(config, pipeline, root)
+    pipeline = build.load_model(config, root, place, weights=False)
+    networks = Networks(
+        own=root / "encoders",
+        locate=lambda model: config_files(model, scratch / model.replace("/", "_"), pipeline=False),
+        dtype=jnp.dtype(config.model.encoder_dtype),
+        place=place,
+        weights=False,
+    )
+    return pipeline, networks
 
 
 def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
@@ -147,84 +144,57 @@ def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
     """
     if name == "shapes" or Path(name).expanduser().exists():
         return pipeline_directory(name) if pipeline else model_directory(name)
-    entry = published.find(name)
-    if entry is None:
+    models = published_pipelines() if pipeline else ENCODERS
+    files = published.find(name, models)
+    if files is None:
         raise ConfigError(
             f"{name}: neither a directory nor one of the published models whose shapes are known, "
-            f"{', '.join(published.MODELS)}."
+            f"{', '.join(models)}."
         )
-    return published.write(entry, scratch)
-
-
-def _text_length(config: Config, pipeline: Pipeline, root: Path) -> int:
-    """Text tokens that the transformer sees."""
-    t5 = config.model.t5_length or pipeline.family.t5_length
-    part = next(name for name, tower in pipeline.family.towers.items() if tower == "t5")
-    t5 = min(t5, _tokenizer_length(root, part.replace("text_encoder", "tokenizer"), t5))
-    if pipeline.family.name == "flux":
-        return t5
-    return t5 + _tokenizer_length(root, "tokenizer", CLIP_LENGTH)
-
-
-def _tokenizer_length(root: Path, part: str, default: int) -> int:
-    path = root / part / "tokenizer_config.json"
-    return int(read_json(path).get("model_max_length", default)) if path.is_file() else default
+    return published.write(files, scratch)
 
 
 def _arguments(
-    config: Config,
-    program: Program,
-    pipeline: Pipeline,
-    encoders: dict[str, Encoder],
-    text_length: int,
-    place: sharding.Placement,
+    config: Config, program: Program, models: tuple[Pipeline, Networks], place: sharding.Placement
 ) -> tuple[Arguments, TrainState]:
     """The step's arguments as shapes, and where its state lies."""
+    pipeline, networks = models
     weights = pipeline.transformer_variables["params"]
-    params = jax.eval_shape(lambda w: assemble.trainable_params(config, w), weights)
-    axes = assemble.trainable_axes(config, pipeline, params)
-    shardings = program_lib.state_shardings(program, params, axes, place)
-    state = jax.eval_shape(lambda p: initial_state(p, program.optimizer, 0.0), params)
+    params = jax.eval_shape(lambda w: build.trainable_params(config, w), weights)
+    axes = build.trainable_axes(config, pipeline, params)
+    state = jax.eval_shape(program.initial_state, params)
+    shardings = sharding.state_shardings(state, axes, program.learner.optimizer, place)
     state = jax.tree.map(_placed, state, shardings)
     whole = place((), ())
     groups = sharding.over_groups(whole.mesh)
-    width = pipeline.transformer.config
-    conditioning = Conditioning(
-        tokens=_shape((config.batch.groups, text_length, width.joint_attention_dim), groups),
-        pooled=_shape((config.batch.groups, width.pooled_projection_dim), groups),
+    conditioning = jax.tree.map(
+        lambda a: _shape((config.batch.groups, *a.shape), groups, a.dtype),
+        pipeline.conditioning_shapes(),
     )
     frozen = Frozen(
         transformer=pipeline.transformer_variables,
         vae=pipeline.vae_variables,
-        negative=jax.tree.map(lambda a: _shape((1, *a.shape[1:]), whole), conditioning),
-        encoders={name: encoder.params for name, encoder in encoders.items()},
-        rewards={
-            name: jax.tree.map(lambda a: _shape(a.shape, whole, a.dtype), reward.params)
-            for name, reward in program.reward.rewards.items()
-            if not program.reward_encoder[name]
-        },
+        negative=jax.tree.map(lambda a: _shape((1, *a.shape[1:]), whole, a.dtype), conditioning),
+        networks=networks.without_text(),
     )
     batch = Batch(
         prompt_ids=_shape((config.batch.groups,), groups, jnp.int32),
         conditioning=conditioning,
         reward_inputs={
-            name: _reward_inputs(config, program, encoders, name, groups)
-            for name in program.reward.rewards
+            name: _reward_inputs(reward, config.batch.groups, groups)
+            for name, reward in program.scorer.reward.rewards.items()
         },
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     return Arguments(state, frozen, batch, _placed(key, whole)), shardings
 
 
-def _reward_inputs(
-    config: Config, program: Program, encoders: dict[str, Encoder], name: str, groups: Any
-) -> PyTree:
-    encoder = program.reward_encoder[name]
-    if encoder:  # unit text features, one row a prompt
-        return _shape((config.batch.groups, encoders[encoder].dim), groups)
-    prompts = [Prompt("a circle", {})] * config.batch.groups
-    prepared = program.reward.rewards[name].prepare(prompts)
-    return jax.tree.map(lambda a: _shape(np.shape(a), groups, np.asarray(a).dtype), prepared)
+def _reward_inputs(reward: Reward, num_groups: int, where: Any) -> PyTree:
+    if reward.input_shapes is not None:
+        prepared = reward.input_shapes(num_groups)
+    else:
+        prepared = reward.prepare({}, [Prompt("a circle", {})] * num_groups)
+    return jax.tree.map(lambda a: _shape(tuple(np.shape(a)), where, a.dtype), prepared)
 
 
 def _shape(shape: tuple[int, ...], where: Any, dtype: Any = jnp.float32) -> Any:

@@ -1,19 +1,6 @@
-"""Rewards: one signature, a registry, and scorers that run inside the train step."""
+"""Rewards: one definition per file, in the graph, on the host, or a user's own."""
 
-# Importing a scorer's file registers it.
-from pec_jax.rewards import attributes, clip, pickscore
-from pec_jax.rewards.base import REGISTRY, CombinedReward, Reward, combine, make, register
-from pec_jax.rewards.host import host_reward
+from pec_jax.config.fields import field
+from pec_jax.rewards.base import ModelRewardOptions, Reward, RewardOptions, register
 
-__all__ = [
-    "REGISTRY",
-    "CombinedReward",
-    "Reward",
-    "attributes",
-    "clip",
-    "combine",
-    "host_reward",
-    "make",
-    "pickscore",
-    "register",
-]
+__all__ = ["ModelRewardOptions", "Reward", "RewardOptions", "field", "register"]

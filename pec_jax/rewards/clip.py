@@ -7,34 +7,30 @@ arXiv 2104.08718 (without their factor of 2.5 and without their clipping at 0).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from pec_jax.data.prompts import Prompt
-from pec_jax.distributed import processes as hosts
-from pec_jax.perception.encoders import Encoder, unit
-from pec_jax.rewards.base import Reward, as_8bit, register, reject_unknown_options
-
-Array = jax.Array
-PyTree = Any
+from pec_jax.perception.encoder import Encoder, unit
+from pec_jax.perception.networks import Networks
+from pec_jax.perception.preprocessing import to_uint8_levels
+from pec_jax.rewards.base import ModelRewardOptions, Reward, register
+from pec_jax.types import PyTree
 
 TEXT_BATCH = 64  # prompts encoded at a time
 
 
-def require_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
-    """The encoder among a reward's options, which must read texts as well as images.
+def two_tower_encoder(name: str, options: ModelRewardOptions, networks: Networks) -> Encoder:
+    """The encoder of a reward, which must read texts as well as images.
 
     Raises:
-      ValueError: no encoder given, one without a text tower, or other options besides.
+        ValueError: one without a text tower.
     """
-    reject_unknown_options(name, options, ("encoder",))
-    encoder = options.get("encoder")
-    if encoder is None:
-        raise ValueError(f"The reward {name!r} needs the option 'encoder', a CLIP-like encoder.")
+    encoder = networks.encoder(name, options.model)
     if encoder.text_features is None:
         raise ValueError(
             f"The encoder {encoder.name!r} reads no text, so that the reward {name!r} cannot "
@@ -43,15 +39,33 @@ def require_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
     return encoder
 
 
-def tokenize(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
+def cosine_reward(name: str, encoder: Encoder, scale=lambda variables, cosine: cosine) -> Reward:
+    """A reward that is a function of the pair's cosine.
+
+    Args:
+        name: of the reward.
+        encoder: of two towers.
+        scale: (variables, cosines [P, K]) -> [P, K].
+    """
+
+    def score(variables: PyTree, images: Array, text: Array) -> Array:
+        return scale(variables, pair_cosine(encoder, variables, images, text))
+
+    return Reward(
+        name,
+        score,
+        prepare=lambda variables, prompts: text_features(encoder, variables, prompts),
+        network=encoder.network,
+        input_shapes=lambda n: jax.ShapeDtypeStruct((n, encoder.dim), jnp.float32),
+    )
+
+
+def tokenize(encoder: Encoder, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
     """Token ids, padded to the encoder's length; what is longer is cut, with one warning.
 
     Args:
-      encoder: with a text tower.
-      texts: N texts.
-
-    Returns:
-      [N, L] int32.
+        encoder: with a text tower.
+        texts: N texts.
     """
     whole = encoder.tokenizer(list(texts), padding=False, truncation=False, verbose=False)
     lengths = [len(ids) for ids in whole["input_ids"]]
@@ -66,16 +80,18 @@ def tokenize(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
     return encoder.tokenize(texts)
 
 
-def text_features(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
+def text_features(
+    encoder: Encoder, variables: PyTree, prompts: Sequence[Prompt]
+) -> Float[np.ndarray, "n d"]:
     """Unit text features of a prompt set, once: texts do not change in training.
 
     Args:
-      encoder: with a text tower.
-      prompts: N prompts.
-
-    Returns:
-      [N, d] fp32 of length 1.
+        encoder: with a text tower.
+        variables: of the encoder.
+        prompts: N prompts.
     """
+    from pec_jax.distributed import processes
+
     ids = tokenize(encoder, [prompt.text for prompt in prompts])
     tower = encoder.text_features
     assert tower is not None  # `require_encoder` has seen to it
@@ -84,41 +100,36 @@ def text_features(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
     missing = -len(ids) % TEXT_BATCH
     padded = np.concatenate([ids, np.repeat(ids[-1:], missing, axis=0)])
     batches = padded.reshape(-1, TEXT_BATCH, ids.shape[1])
-    features = [hosts.fetch(encode(encoder.params, batch)) for batch in batches]
+    features = [processes.fetch(encode(variables, batch)) for batch in batches]
     return np.concatenate(features)[: len(ids)]
 
 
-def pair_cosine(encoder: Encoder, params: PyTree, images: Array, text: Array) -> Array:
+def pair_cosine(
+    encoder: Encoder,
+    variables: PyTree,
+    images: Float[Array, "p k h w 3"],
+    text: Float[Array, "p d"],
+) -> Float[Array, "p k"]:
     """Cosine of each image with its own prompt, never with another's.
 
     cos[p, k] = <f_image(images[p, k]), f_text(p)>, both of length 1.
 
     Args:
-      encoder: whose image tower is used.
-      params: of the encoder.
-      images: [P, K, H, W, 3] in [0, 1]; rounded to 8 bits first.
-      text: [P, d] unit text features.
+        encoder: whose image tower is used.
+        variables: of the encoder.
+        images: in [0, 1]; rounded to 8 bits first.
+        text: unit text features.
 
     Returns:
-      [P, K] fp32 in [-1, 1].
+        fp32 in [-1, 1].
     """
     groups, size = images.shape[:2]
-    flat = as_8bit(images).reshape(-1, *images.shape[2:])
-    features = unit(encoder.image_features(params, flat)).reshape(groups, size, -1)
+    flat = to_uint8_levels(images).reshape(-1, *images.shape[2:])
+    features = unit(encoder.image_features(variables, flat)).reshape(groups, size, -1)
     return jnp.einsum("pkd,pd->pk", features, text, precision="highest")
 
 
-@register("clip")
-def make(options: Mapping[str, Any]) -> Reward:
-    """The CLIP score as a reward: the pair's cosine, without the logit scale.
-
-    Args:
-      options: "encoder": an Encoder with a text tower.
-    """
-    encoder = require_encoder("clip", options)
-    return Reward(
-        name="clip",
-        prepare=lambda prompts: text_features(encoder, prompts),
-        score=lambda params, images, text: pair_cosine(encoder, params, images, text),
-        params=encoder.params,
-    )
+@register("clip", ModelRewardOptions)
+def make(options: ModelRewardOptions, networks: Networks) -> Reward:
+    """The pair's cosine, without the logit scale."""
+    return cosine_reward("clip", two_tower_encoder("clip", options, networks))

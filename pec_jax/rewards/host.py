@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.data.prompts import Prompt
-from pec_jax.rewards.base import Reward, as_8bit
+from pec_jax.distributed.mesh import on_shards
+from pec_jax.perception.preprocessing import to_uint8_levels
+from pec_jax.rewards.base import Reward
+from pec_jax.types import PyTree
 
 Array = jax.Array
 
@@ -40,33 +42,38 @@ def decode_prompts(rows: np.ndarray) -> list[Prompt]:
 def host_reward(name: str, function: HostFunction) -> Reward:
     """Wraps a function that runs on the host as a reward.
 
+    Where the groups of an iteration are split over devices, the function is called once for each
+    device's own groups, in the process that holds the device: with several processes every one of
+    them must be able to answer.
+
     Args:
-      name: under which the reward is logged.
-      function: (images [N, H, W, 3] uint8, list of N prompts) -> [N] numbers; called once for
-        every batch of groups, and expected to give the same answer to the same question.
+        name: under which the reward is logged.
+        function: (images [N, H, W, 3] uint8, list of N prompts) -> [N] numbers; called once for
+            every batch of groups, and expected to give the same answer to the same question.
 
     Returns:
-      A Reward whose `score` may be jitted. If the function raises, or returns something that is
-      not N numbers, the step fails with that message.
+        A Reward whose `score` may be jitted. If the function raises, or returns something that is
+        not N numbers, the step fails with that message.
     """
 
     def call(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         images = np.asarray(images)
-        scores = np.asarray(function(images, decode_prompts(rows)))
-        if scores.shape != images.shape[:1] or scores.dtype.kind not in "biuf":
+        groups, size = images.shape[:2]
+        flat = images.reshape(-1, *images.shape[2:])
+        scores = np.asarray(function(flat, decode_prompts(np.repeat(rows, size, axis=0))))
+        if scores.shape != flat.shape[:1] or scores.dtype.kind not in "biuf":
             raise ValueError(
-                f"The reward {name!r} must return one number for each of the {len(images)} "
+                f"The reward {name!r} must return one number for each of the {len(flat)} "
                 f"images; it returned an array of shape {scores.shape} and type {scores.dtype}."
             )
-        return scores.astype(np.float32)
+        return scores.astype(np.float32).reshape(groups, size)
 
-    def score(params: Any, images: Array, rows: Array) -> Array:
-        groups, size = images.shape[:2]
-        flat = as_8bit(images).reshape(-1, *images.shape[2:])
-        levels = jnp.round(flat * 255.0).astype(jnp.uint8)
-        result = jax.ShapeDtypeStruct((groups * size,), jnp.float32)
-        repeated = jnp.repeat(rows, size, axis=0)
-        scores = jax.pure_callback(call, result, levels, repeated, vmap_method="sequential")
-        return scores.reshape(groups, size)
+    def ask(levels: Array, rows: Array) -> Array:
+        result = jax.ShapeDtypeStruct(levels.shape[:2], jnp.float32)
+        return jax.pure_callback(call, result, levels, rows, vmap_method="sequential")
 
-    return Reward(name, encode_prompts, score)
+    def score(variables: PyTree, images: Array, rows: Array) -> Array:
+        levels = jnp.round(to_uint8_levels(images) * 255.0).astype(jnp.uint8)
+        return on_shards(ask, ("batch",), levels, rows)
+
+    return Reward(name, score, prepare=lambda variables, prompts: encode_prompts(prompts))

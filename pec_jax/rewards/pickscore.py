@@ -5,38 +5,25 @@ Kirstain et al. 2023, arXiv 2305.01569. Flow-GRPO divides the score by 26, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-
-from pec_jax.rewards.base import Reward, register
-from pec_jax.rewards.clip import pair_cosine, require_encoder, text_features
-
-Array = jax.Array
+from pec_jax.perception.networks import Networks
+from pec_jax.rewards.base import ModelRewardOptions, Reward, register
+from pec_jax.rewards.clip import cosine_reward, two_tower_encoder
 
 SCALE = 26.0
 
 
-@register("pickscore")
-def make(options: Mapping[str, Any]) -> Reward:
-    """PickScore as a reward: exp(logit_scale) * cosine / 26.
+@register("pickscore", ModelRewardOptions)
+def make(options: ModelRewardOptions, networks: Networks) -> Reward:
+    """exp(logit_scale) * cosine / 26.
 
-    Args:
-      options: "encoder": an Encoder with a text tower and a logit scale.
+    Raises:
+        ValueError: an encoder without a text tower or a logit scale.
     """
-    encoder = require_encoder("pickscore", options)
+    encoder = two_tower_encoder("pickscore", options, networks)
     logit_scale = encoder.logit_scale
     if logit_scale is None:
         raise ValueError(f"The encoder {encoder.name!r} has no logit scale; use a PickScore model.")
-
-    def score(params: Any, images: Array, text: Array) -> Array:
-        cosine = pair_cosine(encoder, params, images, text)
-        return logit_scale(params) * cosine / SCALE  # the scale is already exp(stored)
-
-    return Reward(
-        name="pickscore",
-        prepare=lambda prompts: text_features(encoder, prompts),
-        score=score,
-        params=encoder.params,
+    # `logit_scale` gives exp of what is stored.
+    return cosine_reward(
+        "pickscore", encoder, lambda variables, cosine: logit_scale(variables) * cosine / SCALE
     )

@@ -8,307 +8,326 @@ from the rollout beforehand. Gradients are summed over the micro-batches in one 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Array
 
+from pec_jax.config.schema import UpdatesConfig
 from pec_jax.data.stream import repeat_groups
 from pec_jax.distributed.mesh import over_batch
-from pec_jax.flow.sampler import step_log_prob
-from pec_jax.flow.transition import gaussian_kl, policy_entropy
 from pec_jax.rl.advantages import GroupStatistics, advantages, group_statistics, probabilities
-from pec_jax.rl.constraints import constrained_loss
-from pec_jax.rl.program import Frozen, Program, bind, constraint_options
+from pec_jax.rl.composition import Constraints, States
+from pec_jax.rl.objective import Micro, Objective, Samples
+from pec_jax.rl.policy import Actor, Policy
 from pec_jax.rl.signals import Groups, Signals, whole_groups
-from pec_jax.types import Array, Batch, PyTree, Rollout, TrainState
+from pec_jax.types import Batch, Frozen, PyTree, Rollout, TrainState
 
 
-def update(
-    program: Program,
-    state: TrainState,
-    frozen: Frozen,
-    batch: Batch,
-    experience: Rollout,
-    key: Array,
-) -> tuple[TrainState, dict[str, Array]]:
-    """The optimizer updates of one rollout: `epochs` passes over `minibatches` disjoint parts.
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The static half of an update.
 
-    `key` is for constraints that draw at random.
-
-    The ratio at the first update is exactly 1: logp_old is that update's own logp, its gradient
-    stopped. Later updates compare with logp_old recomputed here, by the update's own graph and
-    before the first of them, for the rollout's graph rounds differently.
-
-    Returns:
-      The next state (unchanged parameters where a gradient was not finite), and scalars.
+    Attributes:
+        policy: what learns.
+        objective: what its loss is.
+        constraints: what keeps its images diverse.
+        optimizer: how parameters move.
+        config: mini-batches, epochs, advantages.
+        update_images: of every group, in one forward and backward pass; 0 is a whole mini-batch.
+        ema_decay: of the averaged parameters, per update.
     """
-    config = program.config.grpo
-    constraint, options = program.constraint, constraint_options(program.config)
-    signals = _whole_batch_signals(program, state, experience, key)
-    shaped = constraint.shape_reward(signals, options)
-    statistics = group_statistics(shaped, config.advantage_std)
-    whole = advantages(shaped, statistics, clip=config.advantage_clip)
-    selected = jnp.zeros(signals.logp.shape, bool)
-    if constraint.select is not None:
-        per_step = jnp.broadcast_to(whole, signals.logp.shape)
-        selected = constraint.select(signals._replace(advantages=per_step), options)
-    parts = _micro_batches(program, experience, selected)
-    steps = _step_inputs(program, signals, statistics)
-    logp_old = _old_log_probs(program, state.params, frozen, batch, parts, steps)
 
-    def one_update(state, index):
-        part, old = jax.tree.map(lambda a: a[index % config.minibatches], (parts, logp_old))
-        return _one_update(program, state, frozen, batch, steps, part, old, index == 0)
-
-    num_updates = config.minibatches * config.epochs
-    state, aux = jax.lax.scan(one_update, state, jnp.arange(num_updates))
-    weight = constraint.update_weight(signals, options)
-    probs = probabilities(whole)
-    metrics = {
-        "advantage/prob_max": jnp.mean(jnp.max(probs, axis=-1)),
-        "advantage/prob_min": jnp.mean(jnp.min(probs, axis=-1)),
-        "constraint/weight": state.constraint_weight,
-        "constraint/target": state.entropy_target,
-        "constraint/bonus_mean": jnp.mean(shaped - experience.rewards),
-        "constraint/loss": jnp.mean(aux["constraint_loss"]),
-        "constraint/selected": jnp.mean(selected.astype(jnp.float32)),
-        "policy/ratio_max_deviation": aux["ratio_max_deviation"][0],
-        "policy/logp_drift": aux["logp_drift"][0],
-        "policy/clip_fraction": jnp.mean(aux["clip_fraction"]),
-        "policy/kl": jnp.mean(aux["kl"]),
-        "policy/grad_norm": jnp.mean(aux["grad_norm"]),
-        "policy/loss": jnp.mean(aux["loss"]),
-        "policy/skipped": jnp.sum(aux["skipped"]).astype(jnp.float32),
-        "policy/skipped_in_a_row": state.skipped.astype(jnp.float32),
-    }
-    return state.replace(step=state.step + 1, constraint_weight=weight), metrics
+    policy: Policy
+    objective: Objective
+    constraints: Constraints
+    optimizer: optax.GradientTransformation
+    config: UpdatesConfig
+    update_images: int
+    ema_decay: float
 
 
-def _whole_batch_signals(
-    program: Program, state: TrainState, experience: Rollout, key: Array
-) -> Signals:
-    """What is known before the first update: log-probs [S, P, K] are the rollout's own."""
-    steps, shape = program.trained_steps, experience.rewards.shape
-    signals = Signals(
-        weight=state.constraint_weight,
-        rewards=experience.rewards,
-        surprisal=experience.surprisal,
-        logp=experience.trajectory.logp[steps].reshape(len(steps), *shape),
-        target=state.entropy_target,
-        key=key,
-    )
-    return whole_groups(signals, constraint_options(program.config))
+@struct.dataclass
+class _Whole:
+    """What is known of the whole batch before the first update."""
+
+    signals: Signals  # [P, K] and [S, P, K]
+    statistics: GroupStatistics
+    advantages: Array  # [P, K] or [S, P, K]
+    selected: dict[str, Array]  # constraint -> [S, P, K] bool
 
 
 @struct.dataclass
 class _Step:
-    """What all micro-batches of a sampler step share."""
+    """What all micro-batches of a step share; [S, ...], then of one step."""
 
-    sigma: Array  # [S]
-    sigma_next: Array  # [S]
+    inputs: PyTree
     groups: Groups  # [S, P, 1] each
     statistics: GroupStatistics  # [S, P, 1] each; the std [S, 1, 1] where it is global
 
 
 @struct.dataclass
-class _Micro:
+class _Part:
     """Micro-batches: U mini-batches, S steps, C pieces of k images of every group."""
 
-    x_t: Array  # [U, S, C, P, k, h, w, C']
-    x_next: Array  # likewise
-    logp_rollout: Array  # [U, S, C, P, k]
+    taken: PyTree  # [U, S, C, P, k, ...]
     rewards: Array  # [U, S, C, P, k]
     surprisal: Array  # [U, S, C, P, k]
-    selected: Array  # [U, S, C, P, k] bool
+    selected: dict[str, Array]  # [U, S, C, P, k] bool
+    images: PyTree  # [U, C, P, k, ...]
 
 
-def _step_inputs(program: Program, signals: Signals, statistics: GroupStatistics) -> _Step:
-    steps = program.trained_steps
+@dataclasses.dataclass(frozen=True)
+class _Scene:
+    """What all micro-batches of a rollout share; traced arrays and static parts alike."""
+
+    learner: Learner
+    frozen: Frozen
+    batch: Batch
+    state: TrainState  # as before the first update; its parameters are not read here
+
+    def actor(self, images: int) -> Actor:
+        """The policy before the prompts of some images of every group."""
+        conditioning = over_batch(repeat_groups(self.batch.conditioning, images))
+        return self.learner.policy.before(self.frozen, conditioning)
+
+
+def update(
+    learner: Learner, state: TrainState, inputs: tuple[Frozen, Batch], rollout: Rollout, key: Array
+) -> tuple[TrainState, dict[str, Array]]:
+    """The optimizer updates of one rollout: `epochs` passes over `minibatches` disjoint parts.
+
+    Args:
+        learner: static.
+        state: before them.
+        inputs: all that does not learn, and the prompts.
+        rollout: whole groups.
+        key: for objectives and constraints that draw at random.
+
+    Returns:
+        The next state (unchanged parameters where a gradient was not finite), and scalars.
+    """
+    config, constraints = learner.config, learner.constraints
+    scene = _Scene(learner, *inputs, state)
+    samples = learner.objective.samples(learner.policy, rollout, key)
+    whole = _whole_batch(scene, samples, rollout, key)
+    steps, parts = _step_inputs(samples, whole), _split(learner, samples, whole)
+    old = _old_policy(scene, steps, parts)
+
+    def one_update(state, index):
+        part, of_old = jax.tree.map(lambda a: a[index % config.minibatches], (parts, old))
+        return _one_update(scene, state, (steps, part, of_old), index == 0)
+
+    num_updates = config.minibatches * config.epochs
+    state, aux = jax.lax.scan(one_update, state, jnp.arange(num_updates))
+    states = constraints.next_states(state.constraints, rollout.surprisal)
+    probs = probabilities(whole.advantages)
+    first = learner.objective.metrics_of_first
+    metrics = {
+        "advantage/prob_max": jnp.mean(jnp.max(probs, axis=-1)),
+        "advantage/prob_min": jnp.mean(jnp.min(probs, axis=-1)),
+        **constraints.metrics(state.constraints, whole.signals, whole.selected),
+        **{k: a[0] if k.rpartition("/")[-1] in first else jnp.mean(a) for k, a in aux.items()},
+        "policy/skipped": jnp.sum(aux["policy/skipped"]).astype(jnp.float32),
+        "policy/skipped_in_a_row": state.skipped.astype(jnp.float32),
+    }
+    step = state.step + 1
+    remembered = learner.objective.next_state(state.objective, state.params, step * num_updates)
+    return state.replace(step=step, constraints=states, objective=remembered), metrics
+
+
+def _whole_batch(scene: _Scene, samples: Samples, rollout: Rollout, key: Array) -> _Whole:
+    learner, states = scene.learner, scene.state.constraints
+    logp = samples.taken.get("logp")  # the rollout's own
+    if logp is not None:
+        logp = logp.reshape(len(logp), *rollout.rewards.shape)
+    groups = whole_groups(rollout.rewards, rollout.surprisal, logp)
+    signals = Signals(rollout.rewards, rollout.surprisal, groups, logp=logp)
+    shaped = learner.constraints.shaped_rewards(states, signals)
+    statistics = group_statistics(shaped, learner.config.advantage_std)
+    whole = advantages(shaped, statistics, clip=learner.config.advantage_clip)
+    num_steps = len(jax.tree.leaves(samples.steps)[0])
+    per_step = jnp.broadcast_to(whole, (num_steps, *whole.shape[-2:]))
+    selected = learner.constraints.select(signals._replace(advantages=per_step), key)
+    return _Whole(signals, statistics, whole, selected)
+
+
+def _step_inputs(samples: Samples, whole: _Whole) -> _Step:
+    num_steps = len(jax.tree.leaves(samples.steps)[0])
 
     def per_step(a):  # [P, 1] or [S, P, 1] -> [S, P, 1]
-        return jnp.broadcast_to(a, (len(steps), *a.shape[-2:]))
+        return jnp.broadcast_to(a, (num_steps, *a.shape[-2:]))
 
     return _Step(
-        sigma=jnp.asarray(program.sigmas[steps]),
-        sigma_next=jnp.asarray(program.sigmas[steps + 1]),
-        groups=jax.tree.map(per_step, signals.groups),
-        statistics=jax.tree.map(per_step, statistics),
+        inputs=samples.steps,
+        groups=jax.tree.map(per_step, whole.signals.groups),
+        statistics=jax.tree.map(per_step, whole.statistics),
     )
 
 
-def _micro_batches(program: Program, experience: Rollout, selected: Array) -> _Micro:
-    config, steps = program.config, program.trained_steps
-    num_groups, size = experience.rewards.shape
-    num_parts = config.grpo.minibatches
-    images = config.batch.update_images or size // num_parts
+def _split(learner: Learner, samples: Samples, whole: _Whole) -> _Part:
+    num_steps = len(jax.tree.leaves(samples.steps)[0])
+    num_groups, size = whole.signals.rewards.shape
+    num_parts = learner.config.minibatches
+    images = learner.update_images or size // num_parts
 
     def split(a):  # [S, P, K, ...] -> [U, S, C, P, k, ...]
         a = a.reshape(*a.shape[:2], num_parts, -1, images, *a.shape[3:])
         return over_batch(jnp.moveaxis(a, (2, 3), (0, 2)), axis=3)
 
-    def taken(a):  # [T, P * K, ...]
-        return split(a[steps].reshape(len(steps), num_groups, size, *a.shape[2:]))
+    def taken(a):  # [S, P * K, ...]
+        return split(a.reshape(len(a), num_groups, size, *a.shape[2:]))
 
     def shared(a):  # [P, K] or [S, P, K]
-        return split(jnp.broadcast_to(a, (len(steps), num_groups, size)))
+        return split(jnp.broadcast_to(a, (num_steps, num_groups, size)))
 
-    trajectory = experience.trajectory
-    return _Micro(
-        x_t=taken(trajectory.x_t),
-        x_next=taken(trajectory.x_next),
-        logp_rollout=taken(trajectory.logp),
-        rewards=shared(experience.rewards),
-        surprisal=shared(experience.surprisal),
-        selected=split(selected),
+    def of_images(a):  # [P * K, ...] -> [U, C, P, k, ...]
+        return taken(a[None])[:, 0]
+
+    return _Part(
+        taken=jax.tree.map(taken, samples.taken),
+        rewards=shared(whole.signals.rewards),
+        surprisal=shared(whole.signals.surprisal),
+        selected={name: split(marked) for name, marked in whole.selected.items()},
+        images=jax.tree.map(of_images, samples.images),
     )
 
 
-def _pairs(steps: _Step, parts: PyTree) -> tuple[_Step, PyTree]:
+def _pairs(steps: _Step, part: _Part, old: PyTree) -> tuple[PyTree, PyTree]:
     """Every step with each of its pieces: [S, ...] and [S, C, ...] -> [S * C, ...] both."""
-    pieces = jax.tree.leaves(parts)[0].shape[1]
+    num_steps, pieces = part.rewards.shape[:2]
     repeated = jax.tree.map(lambda a: jnp.repeat(a, pieces, axis=0), steps)
-    return repeated, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
-
-
-def _step_log_prob(
-    program: Program, variables: PyTree, frozen: Frozen, batch: Batch, step: _Step, micro: _Micro
-):
-    """(logp [P, k], mean, std) of one micro-batch under `variables`."""
-    sampler, (num_groups, images) = program.config.sampler, micro.rewards.shape
-    flat = num_groups * images, *program.latent_shape
-    logp, mean, std = step_log_prob(
-        program.guide(sampler.guidance, frozen.negative),
-        variables,
-        over_batch(micro.x_t.reshape(flat)),
-        over_batch(micro.x_next.reshape(flat)),
-        step.sigma,
-        step.sigma_next,
-        over_batch(repeat_groups(batch.conditioning, images)),
-        kernel=sampler.kernel,
-        noise_level=sampler.noise_level,
-        sigma_max=program.sigmas[1],
+    joined = jax.tree.map(
+        lambda a: a.reshape(-1, *a.shape[2:]),
+        (part.taken, part.rewards, part.surprisal, part.selected, old),
     )
-    return logp.reshape(num_groups, images), mean, std
+    return (repeated, joined), jnp.tile(jnp.arange(pieces), num_steps)
 
 
-def _old_log_probs(
-    program: Program, params: PyTree, frozen: Frozen, batch: Batch, parts: _Micro, steps: _Step
-) -> Array:
-    """logp [U, S, C, P, k] of the taken steps under the policy before the first update.
+def _micro(step: _Step, taken: PyTree, images: PyTree, rewards: Array, old_first: tuple) -> Micro:
+    def flat(a):  # [P, k, ...] -> [P * k, ...]
+        return over_batch(a.reshape(-1, *a.shape[2:]))
 
-    The first update takes its own; only a further epoch reads mini-batch 0's from here. In a single
+    return Micro(
+        step=step.inputs,
+        taken=jax.tree.map(flat, taken),
+        images=jax.tree.map(flat, images),
+        rewards=rewards,
+        old=old_first[0],
+        first=old_first[1],
+    )
+
+
+def _old_policy(scene: _Scene, steps: _Step, parts: _Part) -> PyTree:
+    """What `Objective.prepare` says [U, S, C, P, k, ...] of the policy before the first update.
+
+    The first update needs none; only a further epoch reads mini-batch 0's from here. In a single
     epoch it is left at 0, which saves 1 / U of these forward passes.
     """
-    first = 0 if program.config.grpo.epochs > 1 else 1
-    variables = bind(program.config.trainable, params, frozen.transformer)
+    learner = scene.learner
+    first = 0 if learner.config.epochs > 1 else 1
 
-    def of_piece(pair):
-        return _step_log_prob(program, variables, frozen, batch, *pair)[0]
+    def of_piece(part, pair):
+        (step, (taken, rewards, *_)), piece = pair
+        images = jax.tree.map(lambda a: a[piece], part.images)
+        micro = _micro(step, taken, images, rewards, ((), jnp.bool_(False)))
+        actor = scene.actor(rewards.shape[1])
+        return learner.objective.prepare(actor, scene.state.params, micro)
 
     def of_part(part):
-        return jax.lax.map(of_piece, _pairs(steps, part)).reshape(part.rewards.shape)
+        found = jax.lax.map(lambda pair: of_piece(part, pair), _pairs(steps, part, ()))
+        return jax.tree.map(lambda a: a.reshape(*part.rewards.shape[:2], *a.shape[1:]), found)
 
-    logp = jnp.zeros(parts.rewards.shape)
+    def of_parts(parts):
+        return jax.lax.map(of_part, parts)
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_parts, parts))
     later = jax.tree.map(lambda a: a[first:], parts)
-    return logp.at[first:].set(jax.lax.map(of_part, later)) if len(later.rewards) else logp
-
-
-def _loss(
-    params: PyTree,
-    program: Program,
-    frozen: Frozen,
-    batch: Batch,
-    step: _Step,
-    micro: _Micro,
-    logp_old: Array,
-    first: Array,
-    weight: Array,
-) -> tuple[Array, dict[str, Array]]:
-    """The loss of one micro-batch, and what to log of it."""
-    config, constraint = program.config, program.constraint
-    options = constraint_options(config)
-    variables = bind(program.config.trainable, params, frozen.transformer)
-    logp, mean, std = _step_log_prob(program, variables, frozen, batch, step, micro)
-    fresh = jax.lax.stop_gradient(logp)
-    logp_old = jnp.where(first, fresh, logp_old)
-    kl = None
-    if constraint.needs_reference:
-        reference = jax.lax.stop_gradient(
-            _step_log_prob(program, frozen.transformer, frozen, batch, step, micro)[1]
-        )
-        dt = step.sigma_next - step.sigma if config.grpo.kl_form == "flow_grpo" else None
-        kl = gaussian_kl(mean, reference, std, dt).reshape(logp.shape)
-    signals = Signals(
-        weight=weight,
-        rewards=micro.rewards,
-        surprisal=micro.surprisal,
-        logp=logp,
-        logp_old=logp_old,
-        ratio=jnp.exp(fresh - logp_old),
-        kl=kl,
-        entropy=jnp.mean(policy_entropy(std)),
-        selected=micro.selected,
-        groups=step.groups,
-    )
-    shaped = constraint.shape_reward(signals, options)
-    signals = signals._replace(
-        advantages=advantages(shaped, step.statistics, clip=config.grpo.advantage_clip)
-    )
-    loss, aux = constrained_loss(
-        constraint, signals, options, config.grpo.clip_low, config.grpo.clip_high
-    )
-    aux["logp_drift"] = jnp.max(jnp.abs(fresh - micro.logp_rollout))
-    aux["kl"] = jnp.float32(0.0) if kl is None else jax.lax.stop_gradient(jnp.mean(kl))
-    return loss, {**aux, "loss": loss}
+    if not len(later.rewards):
+        return zeros
+    return jax.tree.map(lambda z, a: z.at[first:].set(a), zeros, of_parts(later))
 
 
 def _one_update(
-    program: Program,
-    state: TrainState,
-    frozen: Frozen,
-    batch: Batch,
-    steps: _Step,
-    parts: _Micro,
-    logp_old: Array,
-    first: Array,
+    scene: _Scene, state: TrainState, pieces: tuple[_Step, _Part, PyTree], first: Array
 ) -> tuple[TrainState, dict[str, Array]]:
     """Gradients summed over the micro-batches [S, C] of one mini-batch, and one optimizer step."""
-    pairs = _pairs(steps, (parts, logp_old))
-    count = logp_old.shape[0] * logp_old.shape[1]
+    steps, part, old = pieces
+    pairs = _pairs(steps, part, old)
+    count = part.rewards.shape[0] * part.rewards.shape[1]
     grad_fn = jax.grad(_loss, has_aux=True)
 
     def accumulate(total, pair):
-        step, (micro, old) = pair
-        grads, aux = grad_fn(
-            state.params,
-            program,
-            frozen,
-            batch,
-            step,
-            micro,
-            old,
-            first,
-            state.constraint_weight,
-        )
+        (step, joined), piece = pair
+        images = jax.tree.map(lambda a: a[piece], part.images)
+        grads, aux = grad_fn(state.params, scene, step, (*joined, images), first)
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / count, total, grads), aux
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, aux = jax.lax.scan(accumulate, zeros, pairs)
+    maxima = scene.learner.objective.metrics_of_first
     aux = {
-        name: jnp.max(a) if name in ("ratio_max_deviation", "logp_drift") else jnp.mean(a)
+        name: jnp.max(a) if name.rpartition("/")[-1] in maxima else jnp.mean(a)
         for name, a in aux.items()
     }
     norm = optax.global_norm(grads)
-    state = _apply(program, state, grads, jnp.isfinite(norm) & jnp.isfinite(aux["loss"]))
-    return state, {**aux, "grad_norm": norm, "skipped": state.skipped > 0}
+    finite = jnp.isfinite(norm) & jnp.isfinite(aux["policy/loss"])
+    state = _apply(scene.learner, state, grads, finite)
+    return state, {**aux, "policy/grad_norm": norm, "policy/skipped": state.skipped > 0}
 
 
-def _apply(program: Program, state: TrainState, grads: PyTree, finite: Array) -> TrainState:
+def _loss(
+    params: PyTree, scene: _Scene, step: _Step, piece: tuple, first: Array
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of one micro-batch, and what to log of it."""
+    taken, rewards, surprisal, selected, old, images = piece
+    learner, states = scene.learner, scene.state.constraints
+    objective, constraints = learner.objective, learner.constraints
+    micro = _micro(step, taken, images, rewards, (old, first))
+    known, view, metrics = objective.evaluate(
+        scene.actor(rewards.shape[1]), params, micro, scene.state.objective, constraints.needs
+    )
+    signals = Signals(rewards, surprisal, step.groups, **known)
+    shaped = constraints.shaped_rewards(states, signals)
+    worth = advantages(shaped, step.statistics, clip=learner.config.advantage_clip)
+    signals = signals._replace(advantages=worth)
+    loss, more = constrained_loss((objective, constraints), (states, selected), view, signals)
+    return loss, {f"policy/{name}": value for name, value in metrics.items()} | more
+
+
+def constrained_loss(
+    methods: tuple[Objective, Constraints],
+    known: tuple[States, dict[str, Array]],
+    view: PyTree,
+    signals: Signals,
+) -> tuple[Array, dict[str, Array]]:
+    """The objective's loss as the constraints leave it, and what to log of it.
+
+    Args:
+        methods: what the loss is, and what is on.
+        known: the constraints' states, and what they marked of these samples.
+        view: of the samples, from `Objective.evaluate`.
+        signals: of them, with the advantages.
+    """
+    (objective, constraints), (states, selected) = methods, known
+    losses, metrics = objective.losses(view, signals, constraints.clip_bounds)
+    losses = constraints.sample_losses(states, signals, losses, selected)
+    extra = constraints.extra_losses(states, signals)
+    loss = sum(extra.values(), jnp.mean(losses))
+    return loss, {
+        **{f"policy/{name}": value for name, value in {**metrics, "loss": loss}.items()},
+        **{f"constraint/{k}/loss": jax.lax.stop_gradient(value) for k, value in extra.items()},
+    }
+
+
+def _apply(learner: Learner, state: TrainState, grads: PyTree, finite: Array) -> TrainState:
     """One optimizer step and its EMA; where a number is not finite, the old state, counted."""
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params, state.ema, 1 - program.config.optimizer.ema_decay)
+    ema = optax.incremental_update(params, state.ema, 1 - learner.ema_decay)
 
     def keep_old(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -7,131 +7,162 @@ functions; nothing below it reads a file again.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
+from jaxtyping import Array
 
-from pec_jax.config.schema import Config, ConfigError, unknown
-from pec_jax.data import encode_prompts as embedding
+from pec_jax.config import Config, ConfigError
+from pec_jax.config.registry import ENCODERS, OBJECTIVES
+from pec_jax.data import encode_prompts
 from pec_jax.data.embeddings import Embeddings, PromptTable
 from pec_jax.data.prompts import Prompt, load_prompts
 from pec_jax.distributed.mesh import Placement
-from pec_jax.families import generation
+from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory, prompt_file
-from pec_jax.families.pipeline import Pipeline, load_pipeline, transformer_boxes
-from pec_jax.flow import schedule
-from pec_jax.flow.transition import KERNELS, schedule_stds
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.flow.sampler import FlowSampler
+from pec_jax.flow.schedule import stochastic_steps
 from pec_jax.models import lora
-from pec_jax.perception.encoders import Encoder, load_encoder
-from pec_jax.perception.entropy import (
-    ESTIMATORS,
-    get_estimator,
-    scale_features,
-    schedule_bandwidth,
-)
-from pec_jax.rewards import base as rewards
-from pec_jax.rl.constraints import CONSTRAINTS, check_options, get_constraint
-from pec_jax.rl.program import Frozen, Program, constraint_options
-from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.perception.networks import Networks
+from pec_jax.perception.spaces import shares, surprisal_function
+from pec_jax.rewards.combined import CombinedReward, make_rewards
+from pec_jax.rl.composition import Constraints
+from pec_jax.rl.objective import Objective
+from pec_jax.rl.policy import Policy
+from pec_jax.rl.rollout import Drawing
+from pec_jax.rl.score import Scorer, Space
+from pec_jax.rl.train_step import Program
+from pec_jax.rl.update import Learner
+from pec_jax.types import Conditioning, Frozen, PyTree
 from pec_jax.weights.convert import logical_axes
 from pec_jax.weights.hub import model_directory
 
-ENCODER_REWARDS = ("clip", "pickscore")  # rewards that look through the encoder of their name
+# What the run's key is folded with for each use, so that no two share random numbers.
+_LORA_STREAM, TRAIN_STREAM, EVAL_STREAM, BASE_STREAM = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
-    """Everything a run, a sample or an evaluation needs."""
+class Experiment:
+    """Everything that a run or an evaluation needs.
+
+    Attributes:
+        config: of the run.
+        pipeline: what is fine-tuned.
+        program: the static half of the train step.
+        frozen: every array that does not learn.
+        params: what learns, as it is before training.
+        param_axes: the logical axes of each of them.
+        rewards: also those that are only evaluated.
+        spaces: perceptual spaces, also those that are only evaluated.
+        prompts: "train", "heldout" and "samples", with their texts.
+        tables: the same as rows for the train step.
+    """
 
     config: Config
     pipeline: Pipeline
     program: Program
     frozen: Frozen
-    params: PyTree  # trainable parameters at the start
-    param_axes: PyTree  # the logical axes of each of them
-    all_rewards: rewards.CombinedReward  # with those of weight 0, for evaluation
-    all_reward_encoders: dict[str, str]
-    train: PromptTable
-    heldout: PromptTable
-    heldout_prompts: list[Prompt]
-    samples: PromptTable
-    sample_prompts: list[Prompt]
+    params: PyTree
+    param_axes: PyTree
+    rewards: CombinedReward
+    spaces: dict[str, Space]
+    prompts: dict[str, list[Prompt]]
+    tables: dict[str, PromptTable]
 
 
-def make_world(config: Config, place: Placement | None = None) -> World:
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """Who measures images: rewards and perceptual spaces, trained on or only evaluated."""
+
+    rewards: CombinedReward
+    spaces: dict[str, Space]
+
+
+def build(config: Config, place: Placement | None = None) -> Experiment:
     """Loads and builds everything; a mistake in the config is reported before anything is slow.
 
     Args:
-      config: the run's.
-      place: where weights go; None leaves them on the host, or on the default device.
+        config: the run's.
+        place: where weights go; None leaves them on the host, or on the default device.
 
     Raises:
-      ConfigError: a name that does not exist, with those that do.
-      ValueError: from the loaders: what was wrong in which file.
+        ConfigError: a name that does not exist, or methods that do not go together.
+        ValueError: from the loaders: what was wrong in which file.
     """
-    check_names(config)
-    prompts = {
-        "train": list(load_prompts(prompt_file(config.prompts.train))),
-        "heldout": list(load_prompts(prompt_file(config.prompts.heldout))),
-    }
-    if config.eval.num_prompts:
-        prompts["heldout"] = prompts["heldout"][: config.eval.num_prompts]
-    sampled = [Prompt(text, {}) for text in config.prompts.samples]
-    prompts["samples"] = (sampled or prompts["heldout"])[: config.eval.sample_rows]
-
+    check(config)
+    prompts = load_prompt_sets(config)
     root = pipeline_directory(config.model.path, config.model.variant)
     pipeline = load_model(config, root, place)
-    encoders = {
-        name: load_encoder(
-            model_directory(path) if path else root / "encoders" / name,
-            jnp.dtype(config.model.encoder_dtype),
-            sharding=place,
-        )
-        for name, path in config.encoders.items()
-    }
-    make_program(config, pipeline, encoders)  # for its errors, before anything is slow
-    tables, negative = _encode(
-        config, root, prompts, pipeline, _make_rewards(config.rewards, encoders)[0]
+    networks = Networks(
+        own=root / "encoders",
+        locate=model_directory,
+        dtype=jnp.dtype(config.model.encoder_dtype),
+        place=place,
     )
-    # Nobody encodes a text any more, and the memory of what does is wanted.
-    pipeline = dataclasses.replace(pipeline, text=None)
-    encoders = {name: encoder.without_text() for name, encoder in encoders.items()}
-    program = make_program(config, pipeline, encoders)
-    all_rewards, all_reward_encoders = _make_rewards(config.rewards, encoders)
+    judges = make_judges(config, networks)
+    program = make_program(config, pipeline, judges)
+    tables, negative = _encode(config, root, prompts, (pipeline, judges.rewards, networks))
     frozen = Frozen(
         transformer=pipeline.transformer_variables,
         vae=pipeline.vae_variables,
         negative=negative,
-        encoders={name: encoder.params for name, encoder in encoders.items()},
-        rewards={n: all_rewards.params[n] for n, e in all_reward_encoders.items() if not e},
+        # Nobody encodes a text any more, and the memory of what does is wanted.
+        networks=networks.without_text(),
     )
+    pipeline = dataclasses.replace(pipeline, text=None)
     params = trainable_params(config, pipeline.transformer_variables["params"])
-    return World(
+    return Experiment(
         config=config,
         pipeline=pipeline,
         program=program,
         frozen=frozen,
         params=params,
         param_axes=trainable_axes(config, pipeline, params),
-        all_rewards=all_rewards,
-        all_reward_encoders=all_reward_encoders,
-        **tables,
-        heldout_prompts=prompts["heldout"],
-        sample_prompts=prompts["samples"],
+        rewards=judges.rewards,
+        spaces=judges.spaces,
+        prompts=prompts,
+        tables=tables,
     )
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for methods that do not go together; reads no file."""
+    objective = make_objective(config)
+    constraints = make_constraints(config, objective)
+    shares(config.perception)
+    if config.perception.at == "steps" and not objective.needs_paths:
+        raise ConfigError(
+            "config.perception.at is 'steps', but the objective "
+            f"{config.objective.name!r} keeps no steps: use 'final'."
+        )
+    if constraints.pays_surprisal and config.batch.group_size < 3:
+        raise ConfigError(
+            "config.batch.group_size is 2: of two images, both are equally surprising, so that a "
+            "perceptual constraint would do nothing. Take at least 3."
+        )
+
+
+def load_prompt_sets(config: Config) -> dict[str, list[Prompt]]:
+    """The prompts to train on, to evaluate on, and of the sample grids."""
+    heldout = list(load_prompts(prompt_file(config.prompts.heldout)))
+    heldout = heldout[: config.eval.num_prompts or None]
+    sampled = [Prompt(text, {}) for text in config.prompts.samples] or heldout
+    return {
+        "train": list(load_prompts(prompt_file(config.prompts.train))),
+        "heldout": heldout,
+        "samples": sampled[: config.eval.sample_rows],
+    }
 
 
 def load_model(
     config: Config, root: Path, place: Placement | None, *, weights: bool = True
 ) -> Pipeline:
-    """The pipeline in `root` as the config wants it; see `weights.pipeline.load_pipeline`."""
+    """The pipeline in `root` as the config wants it; see `families.pipeline.load_pipeline`."""
     model = config.model
     return load_pipeline(
         root,
@@ -147,148 +178,78 @@ def load_model(
     )
 
 
-def _encode(
-    config: Config,
-    root: Path,
-    prompts: Mapping[str, list[Prompt]],
-    pipeline: Pipeline,
-    reward: rewards.CombinedReward,
-) -> tuple[dict[str, PromptTable], Conditioning]:
-    """The tables of several prompt sets and the empty prompt [1, ...], in one go."""
-    every = [prompt for group in prompts.values() for prompt in group]
-    texts = [*(prompt.text for prompt in every), embedding.NEGATIVE]
-    if config.prompts.embeddings:
-        embeddings: Embeddings = embedding.stored_embeddings(
-            config.prompts.embeddings, root, config.model.dtype, config.model.t5_length
-        )
-        rows = embeddings.rows(texts)
-    else:
-        embeddings, rows = embedding.encode(pipeline.text, texts)
-    inputs = reward.prepare(every)
-    tables, start = {}, 0
-    for name, group in prompts.items():
-        part = slice(start, start + len(group))
-        tables[name] = PromptTable(embeddings, rows[part], jax.tree.map(lambda a: a[part], inputs))  # noqa: B023
-        start += len(group)
-    return tables, embeddings.gather(rows[-1:])
+def make_judges(config: Config, networks: Networks) -> Judges:
+    """Rewards and encoders that the config trains on or evaluates, their networks loaded."""
+    share = shares(config.perception)
+    spaces = {}
+    for name, options in config.encoders.items():
+        if name in share or options.evaluate:
+            encoder = ENCODERS[name].make(options, networks)
+            spaces[name] = Space(encoder.network, encoder.image_features, share.get(name, 0.0))
+    return Judges(make_rewards(config.rewards, networks), spaces)
 
 
-def check_names(config: Config) -> None:
-    """Raises ConfigError for a name that does not exist, listing those that do."""
-    for field, value, valid in (
-        ("sampler.kernel", config.sampler.kernel, KERNELS),
-        ("constraint.name", config.constraint.name, CONSTRAINTS),
-        ("perception.estimator", config.perception.estimator, ESTIMATORS),
-    ):
-        if value not in valid:
-            raise ConfigError(f"config.{field}: " + unknown("name", value, valid))
-    for name in perception_spaces(config):
-        if name not in config.encoders:
-            raise ConfigError(
-                "config.perception.encoder: " + unknown("name", name, config.encoders)
-            )
-    try:
-        check_options(get_constraint(config.constraint.name), constraint_options(config))
-    except ValueError as error:
-        raise ConfigError(f"config.constraint: {error}") from None
-    for name in config.rewards:
-        if name not in rewards.REGISTRY:
-            raise ConfigError("config.rewards: " + unknown("reward", name, rewards.REGISTRY))
+def make_objective(config: Config) -> Objective:
+    """The chosen objective."""
+    return OBJECTIVES[config.objective.name].make(config.objective.options)
 
 
-def _make_rewards(
-    weights: Mapping[str, float], encoders: dict[str, Encoder]
-) -> tuple[rewards.CombinedReward, dict[str, str]]:
-    sources = {name: name if name in ENCODER_REWARDS else "" for name in weights}
-    for name, encoder in sources.items():
-        if encoder and encoder not in encoders:
-            raise ConfigError(
-                f"config.rewards.{name} needs config.encoders.{encoder}, its model's directory."
-            )
-    options = {name: {"encoder": encoders[e]} for name, e in sources.items() if e}
-    return rewards.combine(weights, options), sources
-
-
-def make_program(config: Config, pipeline: Pipeline, encoders: dict[str, Encoder]) -> Program:
-    """The static half of the train step."""
-    reward, reward_encoder = _make_rewards(
-        {k: v for k, v in config.rewards.items() if v != 0}, encoders
-    )
-    sampler = config.sampler
-    latent_shape = generation.latent_size(pipeline, config.model.height, config.model.width)
-    sigmas = generation.sigmas(pipeline, sampler.num_steps, *latent_shape[:2])
-    stochastic = schedule.stochastic_steps(
-        sampler.num_steps, sampler.window or None, sampler.train_fraction
-    )
-    stds = schedule_stds(sigmas, sampler.kernel, sampler.noise_level)
-    return Program(
-        config=config,
-        guide=generation.guide_function(pipeline),
-        decode=generation.decode_function(pipeline),
-        features={name: encoder.image_features for name, encoder in encoders.items()},
-        spaces=perception_spaces(config),
-        surprisal=surprisal_function(config, stds[np.flatnonzero(stochastic)]),
-        reward=reward,
-        reward_encoder=reward_encoder,
-        constraint=get_constraint(config.constraint.name),
-        optimizer=make_optimizer(config),
-        sigmas=sigmas,
-        stochastic=stochastic,
-        latent_shape=latent_shape,
-    )
-
-
-def perception_spaces(config: Config) -> dict[str, float]:
-    """Encoder name -> share of the sum, from "dino" or "dino + 0.5 * clip"; the shares sum to 1.
+def make_constraints(config: Config, objective: Objective) -> Constraints:
+    """Those that are on.
 
     Raises:
-      ConfigError: not such a sum, or a share that is not positive.
+        ConfigError: two that exclude each other, or one that the objective cannot serve.
     """
-    text = config.perception.encoder
-    shares: dict[str, float] = {}
-    for term in text.split("+"):
-        factor, star, name = term.rpartition("*")
-        try:
-            share = float(factor) if star else 1.0
-        except ValueError:
-            share = math.nan
-        name = name.strip()
-        if not name or not 0 < share < math.inf or name in shares:
-            raise ConfigError(
-                f"config.perception.encoder is {text!r}; give an encoder's name, or a sum of "
-                "several with positive factors, such as 'dino + 0.5 * clip'."
-            )
-        shares[name] = share
-    total = sum(shares.values())
-    return {name: share / total for name, share in shares.items()}
+    return Constraints.from_config(config.constraints, set(objective.provides))
 
 
-def surprisal_function(config: Config, step_std: Array) -> Callable[[Mapping[str, Array]], Array]:
-    """The configured estimator: raw features {encoder: [..., K, d]} -> surprisals [..., K]."""
-    spaces = perception_spaces(config)
-    estimate = estimator_functions(config, step_std)[config.perception.estimator]
+def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
+    """The static half of the train step.
 
-    def surprisal(features: Mapping[str, Array]) -> Array:
-        parts = [share * estimate(features[name]) for name, share in spaces.items()]
-        return functools.reduce(jnp.add, parts)
+    Raises:
+        ConfigError: a sampler that the objective cannot train, or an estimator without bandwidth.
+    """
+    batch, objective, policy = config.batch, make_objective(config), make_policy(config, pipeline)
+    objective.check(policy)
+    at_steps = None
+    if config.perception.at == "steps":
+        at_steps = tuple(int(step) for step in policy.sampler.trained_steps)
+    scorer = Scorer(
+        decode=pipeline.decode,
+        reward=judges.rewards.trained(),
+        spaces={name: space for name, space in judges.spaces.items() if space.share},
+        surprisal=surprisal_function(config.perception, policy.sampler.step_std()),
+        images=batch.decode_images,
+        at_steps=at_steps,
+    )
+    learner = Learner(
+        policy=policy,
+        objective=objective,
+        constraints=make_constraints(config, objective),
+        optimizer=make_optimizer(config),
+        config=config.updates,
+        update_images=batch.update_images,
+        ema_decay=config.optimizer.ema_decay,
+    )
+    drawing = Drawing(
+        policy, batch.group_size, batch.rollout_images, objective.needs_paths, at_steps is not None
+    )
+    return Program(drawing, scorer, learner)
 
-    return surprisal
 
-
-def estimator_functions(config: Config, step_std: Array) -> dict[str, Callable[[Array], Array]]:
-    """Every estimator with the config's options: raw features [..., K, d] -> [..., K]."""
-    perception = config.perception
-    options: dict[str, dict[str, float]] = {
-        "gaussian": {"bandwidth": perception.bandwidth or float(schedule_bandwidth(step_std))},
-        "logdet": {"eps": perception.eps},
-        "knn": {"k": perception.k},
-    }
-
-    def bound(name: str) -> Callable[[Array], Array]:
-        estimate = functools.partial(get_estimator(name), **options[name])
-        return lambda features: estimate(scale_features(features, perception.scale))
-
-    return {name: bound(name) for name in ESTIMATORS}
+def make_policy(config: Config, pipeline: Pipeline) -> Policy:
+    """The pipeline with the rollout's sampler."""
+    sampler = config.sampler
+    shape = pipeline.latent_shape(config.model.height, config.model.width)
+    stochastic = stochastic_steps(sampler.num_steps, sampler.window or None, sampler.train_fraction)
+    flow = FlowSampler(
+        sigmas=pipeline.sigmas(sampler.num_steps, shape),
+        kernel=sampler.kernel,
+        noise_level=sampler.noise_level,
+        stochastic=stochastic if sampler.kernel != "ode" else (),
+        storage_dtype=jnp.dtype(sampler.storage_dtype),
+    )
+    return Policy(pipeline.guide, sampler.guidance, config.trainable, flow, shape)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -305,8 +266,8 @@ def trainable_params(config: Config, params: PyTree) -> PyTree:
     """What learns, as it is before training: a LoRA that does nothing yet, or the weights.
 
     Args:
-      config: the run's.
-      params: of the base model's transformer.
+        config: the run's.
+        params: of the base model's transformer.
     """
     if config.trainable.mode == "full":
         return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
@@ -315,18 +276,40 @@ def trainable_params(config: Config, params: PyTree) -> PyTree:
 
 
 def trainable_axes(config: Config, pipeline: Pipeline, params: PyTree) -> PyTree:
-    """The logical axes of what learns: a tree like `params`, with a tuple of names an array."""
-    axes = logical_axes(transformer_boxes(pipeline.transformer))
+    """The logical axes of what learns: a tree like `params`, with a tuple of names per array."""
+    axes = logical_axes(pipeline.transformer_boxes())
     kernels = {path[1:]: names for path, names in axes.items() if path[0] == "params"}
     if config.trainable.mode == "full":
         return traverse_util.unflatten_dict(kernels)
     return lora.logical_axes(kernels, params)
 
 
-# What the run's key is folded with for each use, so that no two share random numbers.
-_LORA_STREAM, TRAIN_STREAM, EVAL_STREAM, BASE_STREAM = range(4)
-
-
 def stream_key(config: Config, stream: int) -> Array:
     """The key of one use of randomness, all folded from `config.seed`."""
     return jax.random.fold_in(jax.random.key(config.seed), stream)
+
+
+def _encode(
+    config: Config,
+    root: Path,
+    prompts: Mapping[str, list[Prompt]],
+    readers: tuple[Pipeline, CombinedReward, Networks],
+) -> tuple[dict[str, PromptTable], Conditioning]:
+    """The tables of several prompt sets and the empty prompt [1, ...], in one go."""
+    pipeline, rewards, networks = readers
+    every = [prompt for group in prompts.values() for prompt in group]
+    texts = [*(prompt.text for prompt in every), encode_prompts.NEGATIVE]
+    if config.prompts.embeddings:
+        embeddings: Embeddings = encode_prompts.stored_embeddings(
+            config.prompts.embeddings, root, config.model.dtype, config.model.t5_length
+        )
+        rows = embeddings.rows(texts)
+    else:
+        embeddings, rows = encode_prompts.encode(pipeline.text, texts)
+    inputs = rewards.prepare(networks.variables, every)
+    tables, start = {}, 0
+    for name, group in prompts.items():
+        part = slice(start, start + len(group))
+        tables[name] = PromptTable(embeddings, rows[part], jax.tree.map(lambda a: a[part], inputs))  # noqa: B023
+        start += len(group)
+    return tables, embeddings.gather(rows[-1:])

@@ -16,43 +16,47 @@ interval over prompts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from pec_jax.data.embeddings import PromptTable
 from pec_jax.data.stream import repeat_groups
-from pec_jax.distributed import processes as hosts
+from pec_jax.distributed import processes
 from pec_jax.distributed.mesh import over_batch, put_replicated
 from pec_jax.evaluation import metrics
-from pec_jax.families import generation
 from pec_jax.flow.likelihood import mean_and_error, output_log_prob
-from pec_jax.flow.sampler import sample_ode
+from pec_jax.flow.sampler import FlowSampler
 from pec_jax.perception.entropy import perceptual_variance, scale_features
-from pec_jax.rewards.base import as_8bit
-from pec_jax.rl.program import Frozen, bind
-from pec_jax.training.build import World, estimator_functions
-from pec_jax.types import Array, Batch, PyTree
+from pec_jax.perception.spaces import estimators
+from pec_jax.rl.policy import Policy
+from pec_jax.training.build import Experiment
+from pec_jax.types import Batch, Frozen, PyTree
 
 
-def image_function(world: World, num_images: int) -> Callable[..., Array]:
+def evaluation_policy(experiment: Experiment) -> Policy:
+    """The policy as it is evaluated: by the ODE, with its own steps and guidance."""
+    config, policy = experiment.config.eval, experiment.program.learner.policy
+    sigmas = experiment.pipeline.sigmas(config.num_steps, policy.latent_shape)
+    return dataclasses.replace(policy, guidance=config.guidance, sampler=FlowSampler(sigmas))
+
+
+def image_function(experiment: Experiment, num_images: int) -> Callable[..., Array]:
     """(params, frozen, batch, key) -> images [P, num_images, H, W, 3] in [0, 1], by the ODE."""
-    program, config = world.program, world.config.eval
-    sigmas = generation.sigmas(world.pipeline, config.num_steps, *program.latent_shape[:2])
+    policy, decode = evaluation_policy(experiment), experiment.program.scorer.decode
 
     def draw(params: PyTree, frozen: Frozen, batch: Batch, key: Array) -> Array:
         num_prompts = batch.prompt_ids.shape[0]
-        latents = sample_ode(
-            program.guide(config.guidance, frozen.negative),
-            bind(program.config.trainable, params, frozen.transformer),
-            over_batch(jax.random.normal(key, (num_prompts * num_images, *program.latent_shape))),
-            over_batch(repeat_groups(batch.conditioning, num_images)),
-            sigmas=sigmas,
-        )
-        images = program.decode(frozen.vae, latents)
+        x_1 = jax.random.normal(key, (num_prompts * num_images, *policy.latent_shape))
+        conditioning = over_batch(repeat_groups(batch.conditioning, num_images))
+        actor = policy.before(frozen, conditioning)
+        latents = policy.sampler.final(actor.velocity(params), over_batch(x_1), None)
+        images = decode(frozen.vae, latents)
         return images.reshape(num_prompts, num_images, *images.shape[1:])
 
     return draw
@@ -65,24 +69,24 @@ class Evaluator:
     `eval.images_per_prompt` images at once.
     """
 
-    def __init__(self, world: World, key: Array, mesh: Mesh):
+    def __init__(self, experiment: Experiment, key: Array, mesh: Mesh):
         """`key` lies on every device of `mesh`, as do the arguments of all calls."""
-        self._world, self._key, self._mesh = world, key, mesh
-        self._groups = world.config.eval.groups
-        starts = range(0, len(world.heldout), self._groups)
+        self._experiment, self._key, self._mesh = experiment, key, mesh
+        self._config = experiment.config.eval
+        starts = range(0, len(experiment.tables["heldout"]), self._config.groups)
         self._keys = {start: jax.random.fold_in(key, start) for start in starts}
-        self._draw = jax.jit(image_function(world, world.config.eval.images_per_prompt))
-        self._measure = jax.jit(measure_function(world))
-        self._entropies = jax.jit(entropy_function(world))
-        self._output_entropy = jax.jit(output_entropy_function(world))
+        self._draw = jax.jit(image_function(experiment, self._config.images_per_prompt))
+        self._measure = jax.jit(measure_function(experiment))
+        self._entropies = jax.jit(entropy_function(experiment))
+        self._output_entropy = jax.jit(output_entropy_function(experiment))
 
     def __call__(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Metric -> number on the held-out prompts; see the table at the top of this file."""
-        table, batches = self._world.heldout, []
+        table, batches = self._experiment.tables["heldout"], []
         for start, key in self._keys.items():
             batch = self._batch(table, start)
             images = self._draw(params, frozen, batch, key)
-            batches.append(hosts.fetch(self._measure(frozen, batch, images)))
+            batches.append(processes.fetch(self._measure(frozen, batch, images)))
         joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
         features = put_replicated(joined["features"], self._mesh)
         entropies = jax.device_get(self._entropies(features))
@@ -92,54 +96,56 @@ class Evaluator:
 
     def output_entropy(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Entropy of what is drawn, on the first `eval.groups` held-out prompts."""
-        if not self._world.config.eval.entropy_probes:
+        if not self._config.entropy_probes:
             return {}
-        batch = self._batch(self._world.heldout, 0)
+        batch = self._batch(self._experiment.tables["heldout"], 0)
         value, error = jax.device_get(self._output_entropy(params, frozen, batch, self._key))
         return {"entropy/output": float(value), "entropy/output_error": float(error)}
 
     def sample_grid(self, params: PyTree, frozen: Frozen) -> np.ndarray:
         """Images [rows, columns, H, W, 3] in [0, 1] of the sample prompts."""
-        table, config = self._world.samples, self._world.config.eval
-        images = hosts.fetch(self._draw(params, frozen, self._batch(table, 0), self._key))
-        return images[: len(table), : config.sample_columns]
+        table = self._experiment.tables["samples"]
+        images = processes.fetch(self._draw(params, frozen, self._batch(table, 0), self._key))
+        return images[: len(table), : self._config.sample_columns]
 
     def _batch(self, table: PromptTable, start: int) -> Batch:
-        ids = np.arange(start, start + self._groups) % len(table)  # the last batch wraps around
+        ids = np.arange(start, start + self._config.groups) % len(
+            table
+        )  # the last batch wraps around
         return put_replicated(table.gather(ids), self._mesh)
 
 
-def entropy_function(world: World) -> Callable[[dict[str, Array]], dict[str, Array]]:
+def entropy_function(experiment: Experiment) -> Callable[[dict[str, Array]], dict[str, Array]]:
     """Raw features {encoder: [P, N, d]} -> {"entropy/<estimator>_<encoder>": H_perc []}."""
-    estimators = estimator_functions(world.config, world.program.step_std())
+    config = experiment.config
+    known = estimators(config.perception, experiment.program.learner.policy.sampler.step_std())
     # A group of the evaluation may be too small for the k that training uses.
-    if world.config.perception.k >= world.config.eval.images_per_prompt:
-        estimators.pop("knn")
+    if config.perception.k >= config.eval.images_per_prompt:
+        known.pop("knn")
 
     def entropies(features: dict[str, Array]) -> dict[str, Array]:
         return {
             f"entropy/{name}_{encoder}": jnp.mean(estimate(value))
-            for name, estimate in estimators.items()
+            for name, estimate in known.items()
             for encoder, value in features.items()
         }
 
     return entropies
 
 
-def output_entropy_function(world: World) -> Callable[..., tuple[Array, Array]]:
+def output_entropy_function(experiment: Experiment) -> Callable[..., tuple[Array, Array]]:
     """(params, frozen, batch, key) -> entropy of the latents and its error, of P x N images."""
-    program, config = world.program, world.config.eval
-    sigmas = generation.sigmas(world.pipeline, config.num_steps, *program.latent_shape[:2])
+    policy, config = evaluation_policy(experiment), experiment.config.eval
 
     def entropy(params: PyTree, frozen: Frozen, batch: Batch, key: Array) -> tuple[Array, Array]:
         shape = batch.prompt_ids.shape[0], config.images_per_prompt
         noise, probes = jax.random.split(key)
+        x_1 = jax.random.normal(noise, (shape[0] * shape[1], *policy.latent_shape))
+        conditioning = over_batch(repeat_groups(batch.conditioning, shape[1]))
         log_prob, _ = output_log_prob(
-            program.guide(config.guidance, frozen.negative),
-            bind(program.config.trainable, params, frozen.transformer),
-            over_batch(jax.random.normal(noise, (shape[0] * shape[1], *program.latent_shape))),
-            over_batch(repeat_groups(batch.conditioning, shape[1])),
-            sigmas=sigmas,
+            policy.before(frozen, conditioning).velocity(params),
+            over_batch(x_1),
+            sigmas=policy.sampler.sigmas,
             key=probes,
             num_probes=config.entropy_probes,
         )
@@ -148,16 +154,13 @@ def output_entropy_function(world: World) -> Callable[..., tuple[Array, Array]]:
     return entropy
 
 
-def measure_function(world: World) -> Callable[..., dict[str, PyTree]]:
+def measure_function(experiment: Experiment) -> Callable[..., dict[str, PyTree]]:
     """(frozen, batch, images [P, N, H, W, 3]) -> scores {reward: [P, N]}, features [P, N, d]."""
 
     def measure(frozen: Frozen, batch: Batch, images: Array) -> dict[str, PyTree]:
-        params = frozen.reward_params(world.all_reward_encoders)
-        _, scores = world.all_rewards.score(params, images, batch.reward_inputs)
-        flat = as_8bit(images).reshape(-1, *images.shape[2:])
+        _, scores = experiment.rewards.score(frozen.networks, images, batch.reward_inputs)
         features = {
-            name: encode(frozen.encoders[name], flat).reshape(*images.shape[:2], -1)
-            for name, encode in world.program.features.items()
+            name: space.of_images(frozen, images) for name, space in experiment.spaces.items()
         }
         return {"scores": scores, "features": features}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pec_jax.config.schema import Config, ConfigError, from_config_dict
+from pec_jax.config import Config, ConfigError, from_config_dict
 from pec_jax.errors import RunError
-from pec_jax.families.pipeline import Pipeline
-from pec_jax.rl.program import initial_state
-from pec_jax.training import build as assemble
+from pec_jax.families.base import Pipeline
+from pec_jax.rl.train_step import initial_state
+from pec_jax.training import build
 from pec_jax.training.checkpoint import Checkpointer
 from pec_jax.types import PyTree
 from pec_jax.weights.tensors import read_json
@@ -52,8 +52,10 @@ def learned_params(directory: Path, config: Config, pipeline: Pipeline, *, use_e
     checkpoints, state = directory / "checkpoints", None
     # Opening a directory of checkpoints creates it and starts threads: only where there is one.
     if any(path.name.isdigit() for path in checkpoints.glob("*")):
-        params = assemble.trainable_params(config, pipeline.transformer_variables["params"])
-        expected = initial_state(params, assemble.make_optimizer(config), config.constraint.weight)
+        params = build.trainable_params(config, pipeline.transformer_variables["params"])
+        objective = build.make_objective(config)
+        constraints = build.make_constraints(config, objective)
+        expected = initial_state(params, build.make_optimizer(config), objective, constraints)
         checkpointer = Checkpointer(checkpoints, keep=None)
         try:
             state = checkpointer.restore(expected)

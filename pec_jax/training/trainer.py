@@ -15,22 +15,22 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview, periodic_actions
 from jax.sharding import Mesh
+from jaxtyping import Array
 
-from pec_jax.config import schema as config_lib
+from pec_jax.config import schema
 from pec_jax.data.stream import PromptStream
-from pec_jax.distributed import mesh as sharding
-from pec_jax.distributed import processes as hosts
+from pec_jax.distributed import mesh as mesh_lib
+from pec_jax.distributed import processes
 from pec_jax.errors import RunError
 from pec_jax.evaluation.fit import exponential_fit
-from pec_jax.rl import program as program_lib
-from pec_jax.rl.program import initial_state
+from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
 from pec_jax.training.build import (
     BASE_STREAM,
     EVAL_STREAM,
     TRAIN_STREAM,
-    World,
-    make_world,
+    Experiment,
+    build,
     stream_key,
 )
 from pec_jax.training.checkpoint import Checkpointer
@@ -42,8 +42,10 @@ from pec_jax.training.metric_writer import (
     read_steps,
     write_text,
 )
-from pec_jax.types import Array, Batch, PyTree, TrainState
+from pec_jax.types import Batch, PyTree, TrainState
 
+# A bonus that is less than this of the shaped reward's std within a group pays next to nothing.
+MIN_SHARE = 0.02
 SHOWN = ("reward/mean", "reward/std", "entropy/perceptual", "entropy/policy", "time/step_seconds")
 
 
@@ -63,27 +65,25 @@ def train(
     Raises:
       ConfigError, RunError, ValueError, OSError: sentences for a person.
     """
-    config = config_lib.from_config_dict(config_dict)
+    config = schema.from_config_dict(config_dict)
     if "://" in str(workdir):
         raise RunError(
             f"--workdir={workdir} is no directory of this machine: mount the bucket (with gcsfuse, "
             "as launch/tpu_vm.sh does) and give where it is mounted."
         )
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make_mesh(config)
     directory = Path(workdir).expanduser()
-    if hosts.is_first():
+    if processes.is_first():
         prepare_directory(directory, config, allow_config_change)
-    hosts.wait_for_all("directory")
+    processes.wait_for_all("directory")
     logging.info("Loading models and encoding prompts ...")
-    world = make_world(config, sharding.placement(mesh, config))
-    run = _Run(world, directory, mesh)
-    with sharding.active(mesh, config), hosts.stop_requests() as stop:
+    experiment = build(config, mesh_lib.placement(mesh, config))
+    run = _Run(experiment, directory, mesh)
+    with mesh_lib.active(mesh, config), processes.stop_requests() as stop:
         return run.loop(stop)
 
 
-def prepare_directory(
-    directory: Path, config: config_lib.Config, allow_config_change: bool
-) -> Path:
+def prepare_directory(directory: Path, config: schema.Config, allow_config_change: bool) -> Path:
     """Makes the run directory, or checks that the one there belongs to this config.
 
     Raises:
@@ -92,13 +92,13 @@ def prepare_directory(
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
-    ours = config_lib.to_dict(config)
+    ours = schema.to_dict(config)
     if path.exists():
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path} is not JSON ({error}): choose a new --workdir.") from None
-        changes = config_lib.differences(theirs, ours)
+        changes = schema.differences(theirs, ours)
         if changes and not allow_config_change:
             raise RunError(
                 f"{directory} was made with another config:\n  " + "\n  ".join(changes) + "\n"
@@ -111,33 +111,39 @@ def prepare_directory(
 class _Run:
     """One process's share of a run: the compiled step and everything around it."""
 
-    def __init__(self, world: World, directory: Path, mesh: Mesh):
-        config = world.config
-        self._world, self._config, self._directory = world, config, directory
+    def __init__(self, experiment: Experiment, directory: Path, mesh: Mesh):
+        config = experiment.config
+        self._experiment, self._config, self._directory = experiment, config, directory
         self._mesh = mesh
-        self._frozen = sharding.put_replicated(world.frozen, mesh)
-        self._key = sharding.put_replicated(stream_key(config, TRAIN_STREAM), mesh)
-        self._stream = PromptStream(len(world.train), config.batch.groups, config.seed)
-        self._shardings = program_lib.state_shardings(
-            world.program, world.params, world.param_axes, sharding.placement(mesh, config)
+        self._frozen = mesh_lib.put_replicated(experiment.frozen, mesh)
+        self._key = mesh_lib.put_replicated(stream_key(config, TRAIN_STREAM), mesh)
+        self._stream = PromptStream(
+            len(experiment.tables["train"]), config.batch.groups, config.seed
         )
-        self._params = jax.tree.map(sharding.put_array, world.params, self._shardings.params)
+        self._initial_state = experiment.program.initial_state
+        self._shardings = mesh_lib.state_shardings(
+            jax.eval_shape(self._initial_state, experiment.params),
+            experiment.param_axes,
+            experiment.program.learner.optimizer,
+            mesh_lib.placement(mesh, config),
+        )
+        self._params = jax.tree.map(mesh_lib.put_array, experiment.params, self._shardings.params)
         self._step = jax.jit(
-            functools.partial(train_step, world.program),
+            functools.partial(train_step, experiment.program),
             donate_argnums=0,
-            out_shardings=(self._shardings, sharding.replicated(mesh)),
+            out_shardings=(self._shardings, mesh_lib.replicated(mesh)),
         )
         self._checkpointer = Checkpointer(
             directory / "checkpoints", config.schedule.keep_checkpoints
         )
-        eval_key = sharding.put_replicated(stream_key(config, EVAL_STREAM), mesh)
-        self._evaluator = Evaluator(world, eval_key, mesh)
+        eval_key = mesh_lib.put_replicated(stream_key(config, EVAL_STREAM), mesh)
+        self._evaluator = Evaluator(experiment, eval_key, mesh)
 
-    def loop(self, stop: hosts.StopRequests) -> dict[str, float]:
+    def loop(self, stop: processes.StopRequests) -> dict[str, float]:
         """Iterates from where the run stands to its end, or until told to stop."""
         state, first = self._start()
-        writer = make_writer(self._directory, first, first=hosts.is_first())
-        progress = Progress(self._config.num_iterations, first, SHOWN, first=hosts.is_first())
+        writer = make_writer(self._directory, first, first=processes.is_first())
+        progress = Progress(self._config.num_iterations, first, SHOWN, first=processes.is_first())
         log = _Log(writer, progress, self._config)
         actions = self._actions(writer, log)
         base = self._base_evaluation()
@@ -164,12 +170,7 @@ class _Run:
 
     def _start(self) -> tuple[TrainState, int]:
         """The newest intact checkpoint's state, or a new one; and how many iterations it has."""
-        make = functools.partial(
-            initial_state,
-            optimizer=self._world.program.optimizer,
-            constraint_weight=self._config.constraint.weight,
-        )
-        state = jax.jit(make, out_shardings=self._shardings)(self._params)
+        state = jax.jit(self._initial_state, out_shardings=self._shardings)(self._params)
         restored = self._checkpointer.restore(state)
         if restored is not None:
             logging.info("Resuming after iteration %d.", int(restored.step))
@@ -177,36 +178,42 @@ class _Run:
         logging.info(
             "Trainable parameters:\n%s",
             parameter_overview.get_parameter_overview(
-                self._world.params, include_stats=False, max_lines=12
+                self._experiment.params, include_stats=False, max_lines=12
             ),
         )
-        if self._world.program.constraint.needs_target:
-            state = state.replace(entropy_target=self._entropy_target())
-        return state, 0
+        return state.replace(constraints=self._with_targets(state.constraints)), 0
 
-    def _entropy_target(self) -> Array:
-        """H* = the base model's H_perc over some batches + log of the share to be kept."""
-        constraint = self._config.constraint
+    def _with_targets(self, states: States) -> States:
+        """The constraints' states, with the target of each that has one."""
+        found = dict(states)
+        for constraint, options in self._experiment.program.learner.constraints:
+            if constraint.target is not None:
+                base = self._base_entropy(options.base_batches)
+                target = constraint.target_entropy(options, base)
+                logging.info("It is %.4f nats per dimension; the target is %.4f.", base, target)
+                placed = mesh_lib.put_replicated(np.float32(target), self._mesh)
+                found[constraint.name] = states[constraint.name] | {"target": placed}
+        return found
+
+    def _base_entropy(self, num_batches: int) -> float:
+        """The base model's H_perc, mean over some batches of training prompts."""
         measure = jax.jit(
-            functools.partial(base_entropy, self._world.program),
-            out_shardings=sharding.replicated(self._mesh),
+            functools.partial(base_entropy, self._experiment.program),
+            out_shardings=mesh_lib.replicated(self._mesh),
         )
         key = stream_key(self._config, BASE_STREAM)
         logging.info("Measuring the base model's perceptual entropy ...")
         values = []
-        for i in range(constraint.base_batches):
-            folded = sharding.put_replicated(jax.random.fold_in(key, i), self._mesh)
+        for i in range(num_batches):
+            folded = mesh_lib.put_replicated(jax.random.fold_in(key, i), self._mesh)
             values.append(float(measure(self._params, self._frozen, self._batch(i), folded)))
-        base = sum(values) / len(values)
-        target = base + math.log(constraint.target)
-        logging.info("It is %.4f nats a dimension; the target is %.4f.", base, target)
-        return sharding.put_replicated(np.float32(target), self._mesh)
+        return sum(values) / len(values)
 
     def _batch(self, iteration: int) -> Batch:
         """The prompts of an iteration; each host reads the rows of its own groups."""
         groups = self._config.batch.groups
-        ids = self._stream.ids(iteration)[sharding.local_groups(self._mesh, groups)]
-        return sharding.put_batch(self._world.train.gather(ids), self._mesh, groups)
+        ids = self._stream.ids(iteration)[mesh_lib.local_groups(self._mesh, groups)]
+        return mesh_lib.put_batch(self._experiment.tables["train"].gather(ids), self._mesh, groups)
 
     def _actions(self, writer: MetricWriter, log: _Log) -> list[periodic_actions.PeriodicCallback]:
         """What happens every so many iterations; the last one is left to `_finish`."""
@@ -249,7 +256,7 @@ class _Run:
         result = self._full_evaluation(self._eval_params(state))
         result |= {f"base/{name}": value for name, value in base.items()}
         result |= {"seed": self._config.seed, "iterations": step}
-        if hosts.is_first():
+        if processes.is_first():
             result |= reward_entropy_fit(self._directory / "metrics.jsonl")
             write_text(self._directory / "eval.json", json.dumps(result, indent=2) + "\n")
             _report(result)
@@ -258,10 +265,10 @@ class _Run:
     def _base_evaluation(self) -> dict[str, float]:
         """The model as it was before training; kept in a file, for a resumed run has lost it."""
         path = self._directory / "eval_base.json"
-        if hosts.first_says(path.exists()):
+        if processes.first_says(path.exists()):
             return json.loads(path.read_text(encoding="utf-8"))
         result = self._full_evaluation(self._params)
-        if hosts.is_first():
+        if processes.is_first():
             write_text(path, json.dumps(result, indent=2) + "\n")
         return result
 
@@ -275,7 +282,7 @@ class _Run:
 
     def _save_samples(self, writer: MetricWriter, step: int, state: TrainState) -> None:
         images = self._evaluator.sample_grid(self._eval_params(state), self._frozen)
-        path = writer.grid(step, images, [p.text for p in self._world.sample_prompts])
+        path = writer.grid(step, images, [p.text for p in self._experiment.prompts["samples"]])
         logging.info("Samples: %s", path)
 
 
@@ -286,11 +293,11 @@ class _Log:
     after the next one has been dispatched, and the device never waits for the host.
     """
 
-    def __init__(self, writer: MetricWriter, progress: Progress, config: config_lib.Config):
+    def __init__(self, writer: MetricWriter, progress: Progress, config: schema.Config):
         self._writer, self._progress, self._config = writer, progress, config
         self._pending: tuple[int, dict[str, Array]] | None = None
         self._last = time.perf_counter()
-        self._skipped = 0
+        self._warned: set[str] = set()
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
         """Takes the numbers of `step`, writes those of the step before."""
@@ -317,6 +324,21 @@ class _Log:
             self._writer.scalars(step, values)
         self._progress.update(step, values)
         self._count_skipped(step, values)
+        self._warn_of_small_bonuses(values)
+
+    def _warn_of_small_bonuses(self, values: Mapping[str, float]) -> None:
+        for name, share in values.items():
+            small = name.endswith("/share") and values[name[: -len("share")] + "weight"] > 0
+            if small and share < MIN_SHARE and name not in self._warned:
+                self._warned.add(name)
+                logging.warning(
+                    "%s is %.2g: the bonus is that little of the shaped reward's std within a "
+                    "group, and hardly changes what is learned. Raise its weight, or count it in "
+                    "unit reward_std; with the gaussian estimator, lower config.perception."
+                    "bandwidth.",
+                    name,
+                    share,
+                )
 
     def _count_skipped(self, step: int, values: Mapping[str, float]) -> None:
         if not values["policy/skipped"]:

@@ -3,7 +3,7 @@
 Modules are named as in torch, dots included, so the path of a leaf is its torch name:
 
 - `kernel` is torch's `weight`: [in, out] <- [out, in] of a linear layer, [kh, kw, in, out] <-
-  [out, in, kh, kw] of a convolution;
+  [out, in, kh, kw] of a convolution, of any number of axes;
 - `scale` (norms) and `embedding` are `weight`; every other leaf keeps its name and layout;
 - a module called `blocks.2:5` is a scanned run: its leaves are torch's layers blocks.2, blocks.3
   and blocks.4, stacked on a new first axis.
@@ -75,7 +75,7 @@ def leaves(variables: PyTree) -> Iterator[tuple[Leaf, Any]]:
             ndim = len(value.shape) - stacked
             axes = tuple(range(ndim))
             if leaf == "kernel":
-                axes = {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
+                axes = (*range(2, ndim), 1, 0)
             suffix = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
             names = tuple(f"{name}.{suffix}" if name else suffix for name in expand_runs(modules))
             logical = tuple(getattr(box, "names", (None,) * len(value.shape)))
@@ -191,8 +191,10 @@ def from_torch(
 
 
 def _kept_in(expected: Any, dtype: Any) -> np.dtype:
-    """The dtype of a leaf. A lone scalar is never rounded: it saves no memory, and CLIP's logit scale
-    in bfloat16, 4.59375 for 4.60517, would make every score 1.1% smaller."""
+    """The dtype of a leaf; a lone scalar keeps its own.
+
+    CLIP's logit scale in bfloat16, 4.59375 for 4.60517, would make every score 1.1% smaller.
+    """
     return np.dtype(expected.dtype if dtype is None or not expected.shape else dtype)
 
 

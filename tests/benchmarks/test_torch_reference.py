@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from pec_jax.rl.program import initial_state
 
 from benchmarks import setups, torch_functions, torch_models, torch_reference
-from pec_jax.config.schema import ConfigError, from_config_dict
+from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.flow import sampler
 from pec_jax.profiling import flops
 from pec_jax.rl import train_step as steps
-from pec_jax.rl.program import initial_state
 from pec_jax.rl.update import update
 from pec_jax.weights.lora_files import lora_to_torch
 from tests.conftest import small_config_dict

@@ -12,10 +12,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pec_jax.rl.program import initial_state
+
 from pec_jax.config.schema import from_config_dict
 from pec_jax.distributed import mesh as sharding
 from pec_jax.rl import program as program_lib
-from pec_jax.rl.program import initial_state
 from pec_jax.rl.train_step import train_step
 from pec_jax.training.build import make_world
 from tests.conftest import small_config_dict

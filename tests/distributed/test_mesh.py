@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pec_jax.config.schema import ConfigError, MeshConfig, from_config_dict
+from pec_jax.config import ConfigError, MeshConfig, from_config_dict
 from pec_jax.distributed import mesh as sharding
 
 RULES = [("batch", ("data", "fsdp")), ("embed", ("fsdp",)), ("mlp", ("tensor",))]

@@ -22,14 +22,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from pec_jax.families.pipeline import (
-    load_pipeline,
-    load_transformer,
-    load_vae,
-    save_component,
-)
+from pec_jax.config.schema import ConfigError
+from pec_jax.families.networks import AUTOENCODER_KL, load_network, save_network
+from pec_jax.families.pipeline import load_pipeline, load_transformer
+from pec_jax.families.tiny import write_transformer
 from pec_jax.shapes.pretraining import tokenizers
-from pec_jax.tiny import write_transformer
 from pec_jax.weights.tensors import WeightsError, read_json, read_tensors
 
 CAPTIONS = ["a small red circle on a dark background", "a large blue square at the top", "a shape"]
@@ -132,6 +129,26 @@ class TestLoad:
             assert isinstance(leaf, np.ndarray)
             assert leaf.dtype == np.float32
 
+    def test_sizes(self, saved):
+        pipeline = load_pipeline(saved[0], text=False)
+        assert pipeline.latent_shape() == (4, 4, 3)
+        assert pipeline.latent_shape(12, 0) == (6, 4, 3)
+        with pytest.raises(ConfigError, match=r"width is 10 .*multiples of 4, such as 8\."):
+            pipeline.latent_shape(12, 10)
+
+    def test_schedule_and_images_are_those_of_diffusers(self, saved):
+        pipeline = load_pipeline(saved[0], text=False)
+        theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(saved[0] / "scheduler")
+        theirs.set_timesteps(7)
+        found = pipeline.sigmas(7, pipeline.latent_shape())
+        np.testing.assert_allclose(found, theirs.sigmas.numpy(), atol=1.2e-7)
+        latents = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
+        with torch.no_grad():
+            decoded = saved[2].decode(torch.from_numpy(latents) / 1.5 + 0.1).sample
+        expected = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        images = pipeline.decode(pipeline.vae_variables, jnp.asarray(np.moveaxis(latents, 1, -1)))
+        np.testing.assert_allclose(images, expected, atol=1e-5)
+
     def test_text_conditions_the_transformer(self, saved):
         pipeline = load_pipeline(saved[0])
         conditioning = pipeline.text.encode(CAPTIONS[:2])
@@ -231,7 +248,7 @@ class TestSave:
     def test_diffusers_reads_what_we_write(self, saved, tmp_path):
         root, theirs, _ = saved
         module, variables = load_transformer(root / "transformer")
-        save_component(tmp_path, read_json(root / "transformer" / "config.json"), variables)
+        save_network(tmp_path, read_json(root / "transformer" / "config.json"), variables)
         reloaded = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path)
         for name, tensor in theirs.state_dict().items():
             assert torch.equal(reloaded.state_dict()[name], tensor), name
@@ -240,8 +257,8 @@ class TestSave:
         jax.tree.map(np.testing.assert_array_equal, same, variables)
 
     def test_stem_and_adapters(self, saved, tmp_path):
-        _, variables = load_vae(saved[0] / "vae")
-        save_component(tmp_path, {"a": 1}, {**variables, "lora": {"x": np.ones(2)}}, "model")
+        _, variables = load_network(AUTOENCODER_KL, saved[0] / "vae")
+        save_network(tmp_path, {"a": 1}, {**variables, "lora": {"x": np.ones(2)}}, "model")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
         assert set(read_tensors(tmp_path)) == set(saved[2].state_dict())
 

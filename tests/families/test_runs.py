@@ -9,12 +9,12 @@ import diffusers
 import numpy as np
 import pytest
 
+from pec_jax.families.tiny import write_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
-from pec_jax.tiny import write_pipeline
 from pec_jax.training import trainer as train_lib
 from tests.conftest import small_config_dict
-from tests.test_tiny import PROMPTS, diffusers_latents
+from tests.families.test_tiny import PROMPTS, diffusers_latents
 
 GUIDANCE = 3.5
 

@@ -20,7 +20,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from pec_jax.families.text import load_text_stack, load_tokenizer
+from pec_jax.families.pipeline import load_text_stack
+from pec_jax.families.text import load_tokenizer
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 

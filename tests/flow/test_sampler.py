@@ -343,6 +343,27 @@ def test_guidance_is_extrapolation_from_the_negative():
             assert calls == [(2 * N, *SHAPE)]
 
 
+@pytest.mark.parametrize("absent", ["pooled", "mask"])
+def test_guidance_carries_the_fields_that_a_conditioning_has(absent):
+    """Interleaved with those of the negative: negative first, then the image's own."""
+    fields = {"pooled": jnp.ones((N, 5)), "mask": jnp.ones((N, 3), bool)}
+    del fields[absent]
+    positive = Conditioning(tokens=jnp.ones((N, 3, 2)), **fields)
+    negative = jax.tree.map(lambda a: jnp.zeros_like(a[:1]), positive)
+    seen = []
+
+    def velocity(params, x_t, sigma, conditioning):
+        seen.append(conditioning)
+        return x_t
+
+    sampler.guided(velocity, 2.0, negative)(None, _noise(), jnp.float32(0.5), positive)
+    assert getattr(seen[0], absent) is None
+    for name in ("tokens", *fields):
+        given, doubled = getattr(positive, name), getattr(seen[0], name)
+        assert doubled.dtype == given.dtype and doubled.shape == (2 * N, *given.shape[1:])
+        assert not doubled[::2].any() and (doubled[1::2] == 1).all()
+
+
 def test_guidance_of_one_is_the_model_itself():
     assert sampler.guided(_velocity, 1.0, None) is _velocity
     with pytest.raises(ValueError, match="negative"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pec_jax.families.pipeline import transformer_shapes
+from pec_jax.families.flux import Flux1
 from pec_jax.models import flux
 from pec_jax.models.flux import Flux, FluxConfig
 from pec_jax.weights.convert import count_parameters, from_torch, to_torch
@@ -107,7 +107,7 @@ def pair(request):
     theirs = randomize(diffusers.FluxTransformer2DModel(**config))
     ours = Flux(FluxConfig.from_dict(dict(theirs.config)))
     state = {k: v.numpy() for k, v in theirs.state_dict().items()}
-    variables = from_torch(state, transformer_shapes(ours))
+    variables = from_torch(state, Flux1.transformer_network.shapes(ours))
     return ours, variables, theirs, inputs(config, height, width, length)
 
 
@@ -140,7 +140,7 @@ def test_flux_dev_at_full_size():
     """Count, names and shapes of the published model, without its memory."""
     config = FluxConfig(guidance_embeds=True)
     count, ours, theirs = full_size_names(
-        Flux(config), diffusers.FluxTransformer2DModel, guidance_embeds=True
+        _shapes(config), diffusers.FluxTransformer2DModel, guidance_embeds=True
     )
     assert count == 11_901_408_320
     assert ours == theirs
@@ -169,7 +169,7 @@ def test_remat_changes_nothing(remat):
 
 
 def _shapes(config: FluxConfig):
-    return transformer_shapes(Flux(config))
+    return Flux1.transformer_network.shapes(Flux(config))
 
 
 class TestClearErrors:

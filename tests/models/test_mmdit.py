@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pec_jax.families.pipeline import transformer_shapes
+from pec_jax.families.sd3 import StableDiffusion3
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.weights.convert import count_parameters, from_torch, leaves, to_torch
 
@@ -119,9 +119,8 @@ def torch_velocity(model, x, timestep, tokens, pooled) -> np.ndarray:
     return out.permute(0, 2, 3, 1).float().numpy()
 
 
-def full_size_names(ours, network: type, **config):
+def full_size_names(abstract, network: type, **config):
     """(our number of parameters, our tensors' names and shapes, diffusers' on the meta device)."""
-    abstract = transformer_shapes(ours)
     names = {
         name: leaf.torch_shape(value.shape)
         for leaf, value in leaves(abstract)
@@ -139,7 +138,7 @@ def pair(request):
     theirs = randomize(diffusers.SD3Transformer2DModel(**config))
     ours = MMDiT(MMDiTConfig.from_dict(dict(theirs.config)))
     state = {k: v.numpy() for k, v in theirs.state_dict().items()}
-    variables = from_torch(state, transformer_shapes(ours))
+    variables = from_torch(state, StableDiffusion3.transformer_network.shapes(ours))
     return ours, variables, theirs, inputs(config, height, width, length)
 
 
@@ -238,7 +237,9 @@ def test_published_models_at_full_size(name):
     """Count, names and shapes, without the memory."""
     parameters, config = PUBLISHED[name]
     count, ours, theirs = full_size_names(
-        MMDiT(MMDiTConfig.from_dict(config)), diffusers.SD3Transformer2DModel, **config
+        StableDiffusion3.transformer_network.shapes(MMDiT(MMDiTConfig.from_dict(config))),
+        diffusers.SD3Transformer2DModel,
+        **config,
     )
     assert count == parameters
     assert ours == theirs

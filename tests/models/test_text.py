@@ -1,4 +1,4 @@
-"""The conditioning maths, and how prompts are cut into batches, with a word-counting tokenizer."""
+"""How prompts are cut into tokens and batches, with a word-counting tokenizer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pec_jax.models import clip, t5
-from pec_jax.models.text import TextStack, TextTower, flux_conditioning, join, sd3_conditioning
+from pec_jax.models.text import TextStack, TextTower
+from pec_jax.types import Conditioning
 
 EOS, PAD, VOCAB = 1, 0, 40
 
@@ -18,13 +20,22 @@ EOS, PAD, VOCAB = 1, 0, 40
 class WordTokenizer:
     """One id a word, then an end token; called as a Hugging Face tokenizer is."""
 
-    def __call__(self, prompts, padding=None, max_length=None, truncation=False, verbose=True):
+    def __call__(self, prompts, padding=None, max_length=None, truncation=False, **options):
         rows = [[2 + len(word) % (VOCAB - 2) for word in p.split()] + [EOS] for p in prompts]
         if truncation:
             rows = [[*row[: max_length - 1], EOS] if len(row) > max_length else row for row in rows]
+        masks = [[1] * len(row) for row in rows]
         if padding == "max_length":
-            rows = [row + [PAD] * (max_length - len(row)) for row in rows]
-        return {"input_ids": rows}
+            rows, masks = (
+                [row + [PAD] * (max_length - len(row)) for row in part] for part in (rows, masks)
+            )
+        return {"input_ids": rows, "attention_mask": masks}
+
+
+def combine(outputs, masks):
+    """Tokens of T5, and the end-of-text features of both CLIP towers."""
+    pooled = jnp.concatenate([outputs[name].pooled for name in ("clip", "clip_2")], axis=-1)
+    return Conditioning(outputs["t5"], pooled)
 
 
 @pytest.fixture(scope="module")
@@ -55,60 +66,36 @@ def stack() -> TextStack:
         name: TextTower(module, variables[name], WordTokenizer(), lengths[name])
         for name, module in modules.items()
     }
-    return TextStack(towers, sd3_conditioning(9, 40), batch_size=4)
+    return TextStack(towers, combine, batch_size=4)
 
 
-def output(stack: TextStack, name: str, ids):
-    tower = stack.towers[name]
-    return tower.module.apply(tower.variables, ids[name])
+class Masked(nn.Module):
+    """The mean of the embeddings that the mask lets through, beside each of them."""
+
+    @nn.compact
+    def __call__(self, ids, mask):
+        x = nn.Embed(VOCAB, 5)(ids)
+        mean = jnp.where(mask[..., None], x, 0.0).sum(1) / mask.sum(1, keepdims=True)
+        return x + mean[:, None]
 
 
-def test_join_puts_clip_before_t5_and_fills_with_zeros():
-    a, b, c = (
-        np.full((2, length, width), v)
-        for length, width, v in [(3, 4, 1.0), (3, 5, 2.0), (2, 12, 3.0)]
+def test_a_masked_tower_takes_the_mask_and_the_conditioning_may_carry_it():
+    module, ids = Masked(), np.zeros((1, 2), np.int32)
+    variables = module.init(jax.random.key(0), ids, ids == 0)
+    tower = TextTower(module, variables, WordTokenizer(), 6, masked=True)
+    stack = TextStack(
+        {"words": tower}, lambda out, masks: Conditioning(out["words"], mask=masks["words"])
     )
-    tokens = np.asarray(join(a, b, c))
-    assert tokens.shape == (2, 5, 12)
-    np.testing.assert_array_equal(tokens[0, 0], [1] * 4 + [2] * 5 + [0] * 3)
-    assert (tokens[:, 3:] == 3).all()
-
-
-def test_join_needs_room_for_both_towers():
-    a = np.zeros((1, 3, 8))
-    with pytest.raises(ValueError, match=r"8 \+ 8 wide, more than T5's 12"):
-        join(a, a, np.zeros((1, 2, 12)))
-
-
-def test_each_tower_stands_where_it_should(stack):
-    prompts = ["one three", "a fairly longish prompt"]
-    ids = stack.tokenize(prompts)
-    out, out_2 = output(stack, "clip", ids), output(stack, "clip_2", ids)
-    conditioning = stack.encode(prompts)
-    assert conditioning.tokens.shape == (2, 15, 40)
-    np.testing.assert_allclose(conditioning.tokens[:, :6, :16], out.penultimate, atol=1e-5)
-    np.testing.assert_allclose(conditioning.tokens[:, :6, 16:32], out_2.penultimate, atol=1e-5)
-    assert not conditioning.tokens[:, :6, 32:].any()
-    encoded = output(stack, "t5", ids)
-    np.testing.assert_allclose(conditioning.tokens[:, 6:], encoded, atol=1e-5)
-    np.testing.assert_allclose(conditioning.pooled[:, :8], out.text_embeds, atol=1e-5)
-    np.testing.assert_allclose(conditioning.pooled[:, 8:], out_2.text_embeds, atol=1e-5)
-
-
-def test_without_t5_zeros_stand_in_its_place(stack):
-    towers = {name: stack.towers[name] for name in ("clip", "clip_2")}
-    found = TextStack(towers, stack.combine).encode(["one three"])
-    whole = stack.encode(["one three"])
-    np.testing.assert_allclose(found.tokens[:, :6], whole.tokens[:, :6], atol=1e-5)
-    assert found.tokens.shape == whole.tokens.shape and not found.tokens[:, 6:].any()
-
-
-def test_flux_takes_t5s_tokens_and_clips_end_of_text(stack):
-    towers = {name: stack.towers[name] for name in ("clip", "t5")}
-    flux = TextStack(towers, flux_conditioning)
-    found, ids = flux.encode(["one three"]), flux.tokenize(["one three"])
-    np.testing.assert_allclose(found.tokens, output(flux, "t5", ids), atol=1e-5)
-    np.testing.assert_allclose(found.pooled, output(flux, "clip", ids).pooled, atol=1e-5)
+    prompts = ["one three", "a b c d e f g", "one three"]
+    with pytest.warns(UserWarning, match="cut off"):
+        found = stack.encode(prompts)
+    assert found.pooled is None
+    np.testing.assert_array_equal(found.mask.sum(1), [3, 6, 3])  # words and the end token
+    assert found.mask.dtype == bool and found.mask[0, :3].all()
+    # Computed from the three tokens alone, without any padding.
+    ids = np.asarray(WordTokenizer()(prompts[:1])["input_ids"])
+    alone = module.apply(variables, ids, np.ones_like(ids, bool))
+    np.testing.assert_allclose(found.tokens[0, :3], alone[0], atol=1e-6)
 
 
 def test_result_does_not_depend_on_the_batch(stack):
@@ -132,8 +119,9 @@ def test_a_prompt_too_long_for_one_encoder_warns_once(stack):
     message = str(caught[0].message)
     assert len(caught) == 1
     assert "1 of 2 prompts" in message and "'a b c d e f'" in message and "clip 6" in message
-    assert ids["clip"].shape == (3, 6) and ids["t5"].shape == (3, 9)
-    assert ids["t5"][0, 6] == EOS  # T5 had room for it
+    assert ids["clip"].ids.shape == (3, 6) and ids["t5"].ids.shape == (3, 9)
+    assert ids["t5"].ids[0, 6] == EOS  # T5 had room for it
+    assert ids["t5"].mask[0].sum() == 7 and ids["clip"].mask[0].sum() == 6
 
 
 def test_no_prompts_is_an_error(stack):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pec_jax.families.pipeline import vae_shapes
+from pec_jax.families.networks import AUTOENCODER_KL
 from pec_jax.models.vae import AutoencoderKL, VAEConfig, scale_latents, unscale_latents
 from pec_jax.weights.convert import count_parameters, from_torch, to_torch
 
@@ -68,7 +68,7 @@ def pair(request):
     theirs.eval()
     ours = AutoencoderKL(VAEConfig.from_dict(dict(theirs.config)))
     state = {k: v.numpy() for k, v in theirs.state_dict().items()}
-    variables = from_torch(state, vae_shapes(ours))
+    variables = from_torch(state, AUTOENCODER_KL.shapes(ours))
     images = np.random.default_rng(0).uniform(-1, 1, size=(2, height, width, 3))
     return ours, variables, theirs, images.astype(np.float32)
 

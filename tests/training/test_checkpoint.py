@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from pec_jax.rl.program import initial_state
+from pec_jax.config.registry import CONSTRAINTS, OBJECTIVES
+from pec_jax.rl.composition import Constraints
+from pec_jax.rl.train_step import initial_state
 from pec_jax.training.checkpoint import Checkpointer, CheckpointError
 
 
@@ -20,7 +22,10 @@ def make_state(step: int):
         "blocks.0:2": {"to_out.0": {"a": jnp.full((2, 300, 7), step, jnp.float32)}},
         "half": jnp.full((5,), step, jnp.bfloat16),
     }
-    state = initial_state(params, optax.adamw(1e-3), 0.25)
+    objective = OBJECTIVES["nft"].make(OBJECTIVES["nft"].options())
+    kl = CONSTRAINTS["kl"].options(weight=0.25)
+    constraints = Constraints.from_config({"kl": kl}, set(objective.provides))
+    state = initial_state(params, optax.adamw(1e-3), objective, constraints)
     return state.replace(step=jnp.asarray(step, jnp.int32))
 
 

@@ -36,11 +36,6 @@ METRICS = {
     "policy/grad_norm",
     "advantage/prob_max",
     "advantage/prob_min",
-    "constraint/weight",
-    "constraint/target",
-    "constraint/loss",
-    "constraint/selected",
-    "constraint/bonus_mean",
     "time/step_seconds",
     "time/images_per_second",
 }

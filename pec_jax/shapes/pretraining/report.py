@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.families.pipeline import Pipeline, load_pipeline
-from pec_jax.flow import sampler, schedule
-from pec_jax.models.vae import unscale_latents
-from pec_jax.rewards import attributes as judge
+from pec_jax.families.base import Pipeline
+from pec_jax.families.pipeline import load_pipeline
+from pec_jax.flow.sampler import FlowSampler
+from pec_jax.shapes import judge
 from pec_jax.shapes import scenes as shapes
 from pec_jax.shapes.pretraining.loop import Session
 from pec_jax.types import Conditioning
@@ -71,21 +71,11 @@ class Painter:
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _paint(painter: Painter, variables, text, negative, key, steps: int, guidance: float):
     pipeline = painter.pipeline
-
-    def velocity(params, x_t, sigma, conditioning):
-        sigma = jnp.broadcast_to(sigma, x_t.shape[:1])
-        return pipeline.transformer.apply(
-            params, x_t, 1000.0 * sigma, conditioning.tokens, conditioning.pooled
-        )
-
-    sigmas = schedule.sd3_sigmas(steps, pipeline.scheduler["shift"])
-    side = pipeline.default_size // pipeline.vae_scale_factor
-    noise = jax.random.normal(key, (text.pooled.shape[0], side, side, pipeline.latent_channels))
-    field = sampler.guided(velocity, guidance, negative)
-    latents = sampler.sample_ode(field, variables[0], noise, text, sigmas=jnp.asarray(sigmas))
-    latents = unscale_latents(pipeline.vae.config, latents)
-    images: Any = pipeline.vae.apply(variables[1], latents, method="decode")
-    return jnp.clip(0.5 * images + 0.5, 0.0, 1.0)
+    shape = pipeline.latent_shape()
+    noise = jax.random.normal(key, (text.tokens.shape[0], *shape))
+    field, sampler = pipeline.guide(guidance, negative), FlowSampler(pipeline.sigmas(steps, shape))
+    latents = sampler.final(lambda x, sigma: field(variables[0], x, sigma, text), noise, None)
+    return pipeline.decode(variables[1], latents)
 
 
 def color_entropy(colors: np.ndarray) -> float:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from pec_jax.families.text import load_text_stack
+from pec_jax.families.pipeline import load_text_stack
 from pec_jax.models import mmdit
 from pec_jax.models.vae import VAEConfig, scale_latents
 from pec_jax.shapes import scenes as shapes

@@ -1,8 +1,7 @@
-"""Perceptual encoders: decoded images to features, in the graph.
+"""Encoders from Hugging Face directories: CLIP (PickScore is one), ViTs such as DINO, DINOv2.
 
-An encoder is a Hugging Face directory of a CLIP model (PickScore is one), of a ViT such as DINO,
-or of a DINOv2: weights, `preprocessor_config.json` and, for CLIP, a tokenizer. Features are given
-as the model gives them; `unit` normalises them where the caller wants that.
+A directory holds weights, `preprocessor_config.json` and, for CLIP, a tokenizer. Features are given
+as the model gives them.
 """
 
 from __future__ import annotations
@@ -18,103 +17,39 @@ import numpy as np
 
 from pec_jax.families.text import load_tokenizer, load_variables
 from pec_jax.models import clip, dinov2, vit
-from pec_jax.perception.preprocessing import Preprocessor, to_uint8_levels
+from pec_jax.perception.encoder import Encoder
+from pec_jax.perception.preprocessing import Preprocessor
+from pec_jax.types import PyTree
 from pec_jax.weights.convert import boxed_variables, placed_shapes
 from pec_jax.weights.tensors import read_json
 
-__all__ = ["Encoder", "load_encoder", "to_uint8_levels", "unit"]
-
 Array = jax.Array
-PyTree = Any
+Loaded = tuple[Encoder, PyTree]  # an encoder and its variables
 
 _TEXT = ("text_model", "text_projection")  # what only texts go through
-
-
-def unit(features: Array) -> Array:
-    """Features over their Euclidean norm, f / ||f||.
-
-    Args:
-        features: [..., d].
-
-    Returns:
-        [..., d] of norm one; a zero vector stays zero, with a finite gradient.
-    """
-    square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-    return features * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """A frozen image encoder, perhaps with a text tower in the same space.
-
-    Attributes:
-        name: of its directory.
-        dim: d, the number of features.
-        params: the network's variables; passed to every function, so that they are arguments of
-            a compiled step and not constants in it.
-        image_features: (params, images [N, H, W, 3] in [0, 1]) -> [N, d] fp32, not normalised.
-            Any H and W; resized as `preprocessor_config.json` says.
-        text_features: (params, token ids [N, L]) -> [N, d] fp32, not normalised; None for an
-            encoder of images only.
-        logit_scale: (params) -> the factor of cosine similarities, exp of what is stored; None
-            for an encoder of images only.
-        tokenizer: a Hugging Face tokenizer, or None.
-        text_length: L, tokens of a text; 0 for an encoder of images only.
-    """
-
-    name: str
-    dim: int
-    params: PyTree
-    image_features: Callable[[PyTree, Array], Array]
-    text_features: Callable[[PyTree, Array], Array] | None = None
-    logit_scale: Callable[[PyTree], Array] | None = None
-    tokenizer: Any = None
-    text_length: int = 0
-
-    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids of texts, padded and cut to the encoder's length.
-
-        Args:
-            texts: N texts.
-
-        Returns:
-            [N, L] int32.
-
-        Raises:
-            ValueError: the encoder has no text tower.
-        """
-        if self.tokenizer is None:
-            raise ValueError(f"the encoder {self.name!r} takes images only, it has no text tower")
-        encoded = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.text_length, truncation=True
-        )
-        return np.asarray(encoded["input_ids"], np.int32)
-
-    def without_text(self) -> Encoder:
-        """The encoder without the weights of its text tower, for when all texts are encoded."""
-        kept = {name: tree for name, tree in self.params["params"].items() if name not in _TEXT}
-        return dataclasses.replace(self, params={**self.params, "params": kept})
 
 
 def load_encoder(
     directory: str | Path,
     dtype: jnp.dtype = jnp.float32,
     *,
+    key: str = "",
     sharding: Any = None,
     weights: bool = True,
-) -> Encoder:
+) -> Loaded:
     """Loads an encoder from a Hugging Face directory.
 
     Args:
         directory: holds `config.json` (its model_type is one of `LOADERS`),
             `model.safetensors`, `preprocessor_config.json`, and for CLIP the tokenizer's files.
         dtype: in which the network is kept and computes.
+        key: of its variables, see `Networks`; the directory by default.
         sharding: where its parameters go, a sharding for all or a `Placement`; None is the default
             device.
         weights: False reads config files alone: parameters are shapes, and there is no tokenizer.
 
     Returns:
-        The encoder.
+        The encoder and its variables.
 
     Raises:
         WeightsError: a file or tensor is missing, left over or misshapen.
@@ -127,7 +62,8 @@ def load_encoder(
         known = ", ".join(repr(k) for k in LOADERS)
         raise ValueError(f"{root}: model_type = {kind!r} is no encoder we know; known: {known}")
     preprocess = Preprocessor.from_dict(read_json(root / "preprocessor_config.json"), kind)
-    return LOADERS[kind](_Source(root, dtype, sharding, weights), config, preprocess)
+    source = _Source(root, key or str(root), dtype, sharding, weights)
+    return LOADERS[kind](source, config, preprocess)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +71,7 @@ class _Source:
     """Where an encoder's weights come from, and where they go."""
 
     root: Path
+    key: str
     dtype: jnp.dtype
     sharding: Any
     weights: bool
@@ -159,7 +96,7 @@ def _check_size(root: Path, preprocess: Preprocessor, image_size: int) -> None:
         )
 
 
-def _load_clip(source: _Source, config: dict, preprocess: Preprocessor) -> Encoder:
+def _load_clip(source: _Source, config: dict, preprocess: Preprocessor) -> Loaded:
     root, settings = source.root, clip.CLIPConfig.from_dict(config)
     model = clip.CLIPModel(settings, dtype=source.dtype)
     side = settings.vision.image_size
@@ -184,26 +121,28 @@ def _load_clip(source: _Source, config: dict, preprocess: Preprocessor) -> Encod
     def logit_scale(params: PyTree) -> Array:
         return jnp.exp(params["params"]["logit_scale"].astype(jnp.float32))
 
-    return Encoder(
+    encoder = Encoder(
         name=root.name,
+        network=source.key,
         dim=settings.projection_dim,
-        params=variables,
         image_features=image_features,
         text_features=text_features,
         logit_scale=logit_scale,
         tokenizer=tokenizer,
         text_length=text_length,
+        text_modules=_TEXT,
     )
+    return encoder, variables
 
 
-def _load_vit(source: _Source, config: dict, preprocess: Preprocessor) -> Encoder:
+def _load_vit(source: _Source, config: dict, preprocess: Preprocessor) -> Loaded:
     settings = vit.ViTConfig.from_dict(config)
     _check_size(source.root, preprocess, settings.image_size)
     model = vit.ViTModel(settings, dtype=source.dtype)
     return _images_only(source, model, preprocess, vit.IGNORED_TENSORS)
 
 
-def _load_dinov2(source: _Source, config: dict, preprocess: Preprocessor) -> Encoder:
+def _load_dinov2(source: _Source, config: dict, preprocess: Preprocessor) -> Loaded:
     settings = dinov2.Dinov2Config.from_dict(config)
     model = dinov2.Dinov2Model(settings, dtype=source.dtype)
     return _images_only(source, model, preprocess, dinov2.IGNORED_TENSORS)
@@ -214,7 +153,7 @@ def _images_only(
     model: vit.ViTModel | dinov2.Dinov2Model,
     preprocess: Preprocessor,
     ignore: Sequence[str],
-) -> Encoder:
+) -> Loaded:
     """An encoder whose features are its class token."""
     c = model.config
     pixels = np.zeros((1, c.image_size, c.image_size, c.num_channels), np.float32)
@@ -224,12 +163,11 @@ def _images_only(
         hidden: Any = model.apply(params, preprocess(images))
         return hidden[:, 0].astype(jnp.float32)
 
-    return Encoder(
-        name=source.root.name, dim=c.hidden_size, params=variables, image_features=image_features
-    )
+    encoder = Encoder(source.root.name, source.key, c.hidden_size, image_features)
+    return encoder, variables
 
 
-LOADERS: dict[str, Callable[..., Encoder]] = {
+LOADERS: dict[str, Callable[..., Loaded]] = {
     "clip": _load_clip,
     "vit": _load_vit,
     **dict.fromkeys(dinov2.MODEL_TYPES, _load_dinov2),

@@ -1,0 +1,69 @@
+"""What a perceptual encoder is: decoded images to features, in the graph.
+
+Its weights are loaded by `Networks`, onto the mesh; an encoder itself holds none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pec_jax.types import PyTree
+
+
+def unit(features: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """Features over their Euclidean norm, f / ||f||.
+
+    A zero vector stays zero, with a finite gradient.
+    """
+    square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+    return features * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A frozen image encoder, perhaps with a text tower in the same space. Static.
+
+    Attributes:
+        name: of its directory.
+        network: key of its variables, see `Networks`.
+        dim: d, the number of features.
+        image_features: (variables, images [N, H, W, 3] in [0, 1]) -> [N, d] fp32, not normalised.
+            Any H and W; resized as `preprocessor_config.json` says.
+        text_features: (variables, token ids [N, L]) -> [N, d] fp32, not normalised; None for an
+            encoder of images only.
+        logit_scale: (variables) -> the factor of cosine similarities, exp of what is stored; None
+            for an encoder of images only.
+        tokenizer: a Hugging Face tokenizer, or None.
+        text_length: L, tokens of a text; 0 for an encoder of images only.
+        text_modules: names of the modules that only texts go through.
+    """
+
+    name: str
+    network: str
+    dim: int
+    image_features: Callable[[PyTree, Array], Array]
+    text_features: Callable[[PyTree, Array], Array] | None = None
+    logit_scale: Callable[[PyTree], Array] | None = None
+    tokenizer: Any = None
+    text_length: int = 0
+    text_modules: tuple[str, ...] = ()
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
+        """Token ids of texts, padded and cut to the encoder's length, int32.
+
+        Raises:
+            ValueError: the encoder has no text tower.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"the encoder {self.name!r} takes images only, it has no text tower")
+        encoded = self.tokenizer(
+            list(texts), padding="max_length", max_length=self.text_length, truncation=True
+        )
+        return np.asarray(encoded["input_ids"], np.int32)

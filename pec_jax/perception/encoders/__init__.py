@@ -1,0 +1,1 @@
+"""The perceptual encoders that configs can name."""

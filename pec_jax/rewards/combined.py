@@ -1,0 +1,97 @@
+"""The weighted sum of the rewards of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pec_jax.config.registry import REWARDS
+from pec_jax.data.prompts import Prompt
+from pec_jax.perception.networks import Networks
+from pec_jax.rewards.base import Reward
+from pec_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class CombinedReward:
+    """R = sum_i weight_i R_i.
+
+    Attributes:
+        rewards: name -> Reward.
+        weights: name -> factor; a reward of weight 0 is only measured.
+    """
+
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+
+    def trained(self) -> CombinedReward:
+        """Those of weight other than 0."""
+        kept = {name: weight for name, weight in self.weights.items() if weight}
+        return CombinedReward({name: self.rewards[name] for name in kept}, kept)
+
+    def prepare(
+        self, networks: Mapping[str, PyTree], prompts: Sequence[Prompt]
+    ) -> dict[str, PyTree]:
+        """Name -> arrays [N, ...] of that reward; on the host, once per prompt set."""
+        return {
+            name: reward.prepare(variables_of(reward, networks), prompts)
+            for name, reward in self.rewards.items()
+        }
+
+    def score(
+        self,
+        networks: Mapping[str, PyTree],
+        images: Float[Array, "p k h w 3"],
+        inputs: Mapping[str, PyTree],
+    ) -> tuple[Float[Array, "p k"], dict[str, Float[Array, "p k"]]]:
+        """Judges the images of P groups.
+
+        Args:
+            networks: key -> variables.
+            images: in [0, 1].
+            inputs: as `prepare` returns them, rows of the P prompts.
+
+        Returns:
+            The weighted sum, and each reward by itself, unweighted.
+
+        Raises:
+            ValueError: a reward returned something that is not [P, K].
+        """
+        parts = {}
+        for name, reward in self.rewards.items():
+            part = reward.score(variables_of(reward, networks), images, inputs[name])
+            if part.shape != images.shape[:2]:
+                raise ValueError(
+                    f"The reward {name!r} returned an array of shape {part.shape}; "
+                    f"expected one number per image, {images.shape[:2]}."
+                )
+            parts[name] = part.astype(jnp.float32)
+        # Weight 0 leaves a reward out altogether, for 0 * nan would spoil the sum.
+        terms = [self.weights[name] * parts[name] for name in parts if self.weights[name]]
+        return sum(terms, jnp.zeros(images.shape[:2], jnp.float32)), parts
+
+
+def variables_of(reward: Reward, networks: Mapping[str, PyTree]) -> PyTree:
+    """The variables a reward asks for."""
+    return networks[reward.network] if reward.network else {}
+
+
+def make_rewards(sections: Mapping[str, Any], networks: Networks) -> CombinedReward:
+    """The rewards that a config trains on or evaluates.
+
+    Args:
+        sections: name -> options of all rewards.
+        networks: which loads what they need.
+
+    Raises:
+        ValueError: as the definitions say; the message names the reward.
+    """
+    used = {name: o for name, o in sections.items() if o.weight != 0 or o.evaluate}
+    return CombinedReward(
+        {name: REWARDS[name].make(options, networks) for name, options in used.items()},
+        {name: options.weight for name, options in used.items()},
+    )

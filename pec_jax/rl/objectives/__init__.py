@@ -1,0 +1,1 @@
+"""The objectives, one per file: how a rollout becomes a loss."""

@@ -1,0 +1,30 @@
+"""The encoders that are known by name: their parameters are counted, nothing is loaded."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from pec_jax.perception.encoders import load_encoder
+from pec_jax.perception.published import ENCODERS
+from pec_jax.weights.published import find, write
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("pickscore_v1", 986_109_441),
+        ("clip-vit-large-patch14", 427_616_513),
+        ("dino-vitb16", 85_798_656),
+    ],
+)
+def test_encoders(tmp_path, name, parameters):
+    params = load_encoder(write(ENCODERS[name], tmp_path), weights=False).params["params"]
+    sizes = [int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(params)]
+    assert sum(sizes) == parameters
+
+
+def test_names():
+    assert find("models/PickScore_v1", ENCODERS) is ENCODERS["pickscore_v1"]
+    assert find("models/another", ENCODERS) is None
