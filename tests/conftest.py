@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -12,7 +14,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # neither `tests` nor `configs` is an installed package
+sys.path.insert(0, str(ROOT))  # for `tests`, `launch` and `benchmarks`
 
 
 # All but pec_jax.types, whose trees hold shardings and shapes as well as arrays.
@@ -36,6 +38,42 @@ def _check_annotations():
 
 
 _check_annotations()  # before pec_jax is imported
+
+# Directories, files or tests that take long: whole runs, fresh processes, large compilations.
+SLOW = (
+    "tests/benchmarks/",
+    "tests/distributed/test_mesh.py",
+    "tests/distributed/test_processes.py",
+    "tests/families/test_pipeline.py",
+    "tests/families/test_runs.py",
+    "tests/launch/",
+    "tests/models/test_published_sizes.py",
+    "tests/shapes/pretraining/",
+    "tests/test_aot.py",
+    "tests/test_embed.py",
+    "tests/test_export.py",
+    "tests/test_main.py",
+    "tests/test_notebooks.py",
+    "tests/test_sample.py",
+    "tests/test_tiny.py",
+    "tests/test_wheel.py",
+    "tests/training/",
+)
+_ORACLE = re.compile(r"^\s*(?:import|from) (?:torch|diffusers|peft)\b", re.MULTILINE)
+
+
+@functools.cache
+def _has_oracle(path: Path) -> bool:
+    return bool(_ORACLE.search(path.read_text(encoding="utf-8")))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks `slow` what the table names, and `parity` the files that import an oracle in torch."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+        if _has_oracle(item.path):
+            item.add_marker(pytest.mark.parity)
 
 
 def _take_a_share_of_the_cores():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import jax
 import pytest
 
@@ -45,10 +42,3 @@ def test_an_unknown_model_is_answered_with_the_known_ones(small_config):
 def test_an_unknown_chip_is_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"'v5' ?.*v5e, v5p"):
         ahead.topology_devices("v5:4x4")
-
-
-def test_help_and_a_missing_config():
-    run = [sys.executable, "-m", "pec_jax.aot"]
-    assert "--topology" in subprocess.run([*run, "--help"], capture_output=True, text=True).stdout
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode and "--config is missing" in done.stderr + done.stdout

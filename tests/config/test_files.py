@@ -11,6 +11,7 @@ import pytest
 from pec_jax.config import files
 from pec_jax.config.files import load_config
 from pec_jax.config.user_file import UserFileError
+from pec_jax.configs import shapes_grpo
 
 OWN = """
 from {package} import shapes_pec
@@ -71,7 +72,7 @@ def test_both_names_are_one_module(tmp_path):
         "assert a.__spec__.name == 'pec_jax.configs.shapes_grpo'\n"
         "get_config = a.get_config\n",
     )
-    assert load_config(str(path)) == pec_jax.configs.shapes_grpo.get_config()
+    assert load_config(str(path)) == shapes_grpo.get_config()
     assert {name for name in sys.modules if name.partition(".")[0] == "configs"} == before
 
 
