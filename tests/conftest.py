@@ -46,6 +46,7 @@ SLOW = (
     "tests/distributed/test_processes.py",
     "tests/families/test_pipeline.py",
     "tests/families/test_runs.py",
+    "tests/goldens/",
     "tests/launch/",
     "tests/models/test_published_sizes.py",
     "tests/shapes/pretraining/",
