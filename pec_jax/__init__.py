@@ -8,14 +8,16 @@ __version__ = "0.1.0"
 # What a notebook needs -> the module that has it, imported at first use.
 _PUBLIC = {
     "Config": "pec_jax.config.schema",
-    "DrawRequest": "pec_jax.inference.draw:Request",
     "draw": "pec_jax.inference.draw:run",
+    "DrawRequest": "pec_jax.inference.draw:Request",
+    "FlowSampler": "pec_jax.flow.sampler",
     "from_config_dict": "pec_jax.config.schema",
     "gaussian_surprisal": "pec_jax.perception.entropy",
     "knn_surprisal": "pec_jax.perception.entropy",
     "load_config": "pec_jax.config.files",
     "load_pipeline": "pec_jax.families.pipeline",
     "logdet_surprisal": "pec_jax.perception.entropy",
+    "Policy": "pec_jax.rl.policy",
     "train": "pec_jax.training.trainer",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]

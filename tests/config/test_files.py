@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-import pec_jax.configs.shapes_grpo
 import pytest
 
 from pec_jax.config import files
