@@ -6,10 +6,9 @@ Writes the paper's normalised table (`table.csv`, `table.md`), its figures (`fig
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 
+from pec_jax import io
 from pec_jax.errors import exit_with_sentence, quiet_libraries
 
 _TABLE = flags.DEFINE_string(
@@ -27,11 +26,11 @@ def main(argv: list[str]) -> None:
     from pec_jax.evaluation import comparison  # imports matplotlib; --help need not wait for it
 
     with exit_with_sentence():
-        out = Path(_OUT.value).expanduser()
+        out = io.path(_OUT.value)
         if _TABLE.value:
-            comparison.compare_csv(Path(_TABLE.value).expanduser(), out)
+            comparison.compare_csv(io.path(_TABLE.value), out)
         else:
-            comparison.compare_runs([Path(p).expanduser() for p in argv[1:]], out)
+            comparison.compare_runs([io.path(name) for name in argv[1:]], out)
 
 
 if __name__ == "__main__":

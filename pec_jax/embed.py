@@ -6,10 +6,9 @@ may be interrupted and given again; it goes on where it stopped.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 
+from pec_jax import io
 from pec_jax.errors import exit_with_sentence, quiet_libraries
 
 _MODEL = flags.DEFINE_string(
@@ -35,13 +34,15 @@ def main(argv: list[str]) -> None:
     for flag in (_PROMPTS, _OUT):
         if not flag.value:
             raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.data import encode_prompts as embedding  # imports jax; --help and typos need not wait for it
+    from pec_jax.data import (
+        encode_prompts as embedding,  # imports jax; --help and typos need not wait for it
+    )
 
     with exit_with_sentence():
         embedding.run(
             _MODEL.value,
             _PROMPTS.value,
-            Path(_OUT.value).expanduser(),
+            io.path(_OUT.value),
             dtype=_DTYPE.value,
             t5_length=_T5_LENGTH.value,
             variant=_VARIANT.value,

@@ -6,10 +6,9 @@ The kind `lora` is a file for `pipe.load_lora_weights`, the kind `transformer` a
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 
+from pec_jax import io
 from pec_jax.errors import exit_with_sentence, quiet_libraries
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose newest checkpoint is exported.")
@@ -26,13 +25,15 @@ def main(argv: list[str]) -> None:
     for flag in (_WORKDIR, _KIND, _OUT):
         if not flag.value:
             raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.inference import export as exporting  # imports jax; --help and typos need not wait for it
+    from pec_jax.inference import (
+        export as exporting,  # imports jax; --help and typos need not wait for it
+    )
 
     with exit_with_sentence():
         exporting.run(
-            Path(_WORKDIR.value).expanduser(),
+            io.path(_WORKDIR.value),
             _KIND.value,
-            Path(_OUT.value).expanduser(),
+            io.path(_OUT.value),
             use_ema=_USE_EMA.value,
             dtype=_DTYPE.value,
         )

@@ -6,10 +6,9 @@ Writes one PNG an image, a contact sheet `grid.png`, and `latents.npy` in diffus
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 
+from pec_jax import io
 from pec_jax.errors import exit_with_sentence, quiet_libraries
 
 _MODEL = flags.DEFINE_string(
@@ -52,7 +51,9 @@ def main(argv: list[str]) -> None:
     for flag in (_PROMPT, _OUT):
         if not flag.value:
             raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.inference import draw as sampling  # imports jax; --help and typos need not wait for it
+    from pec_jax.inference import (
+        draw as sampling,  # imports jax; --help and typos need not wait for it
+    )
 
     with exit_with_sentence():
         sampling.run(
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
                 t5_length=_T5_LENGTH.value,
                 batch_size=_BATCH_SIZE.value,
             ),
-            Path(_OUT.value).expanduser(),
+            io.path(_OUT.value),
         )
 
 

@@ -129,7 +129,7 @@ def write_transformer(
     import numpy as np
 
     from pec_jax.families import pipeline
-    from pec_jax.weights.tensors import write_json
+    from pec_jax.io import write_json
 
     write_json(directory / "config.json", config)
     module = pipeline.load_transformer_config(directory)

@@ -9,15 +9,19 @@ a set of prompts may be larger than memory.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
+from etils import epath
 
+from pec_jax import io
+from pec_jax.io import read_json, write_json
 from pec_jax.types import Conditioning
-from pec_jax.weights.tensors import WeightsError, read_json, write_json, write_tensors
+from pec_jax.weights.tensors import WeightsError, write_tensors
 
 PART = 64  # prompts a file
 INDEX = "index.json"
@@ -48,21 +52,23 @@ def fingerprint(root: Path, parts: Iterable[str], settings: dict[str, Any]) -> s
 class EmbeddingStore:
     """Embeddings of known prompts, read when asked for."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | os.PathLike[str]):
         """Opens a finished store.
 
         Raises:
             WeightsError: there is none, it is unfinished, or it is damaged.
         """
-        self.directory = Path(directory)
+        self.directory = io.path(directory)
+        self._local: dict[int, Path] = {}  # part -> its file on this machine
         index = read_json(self.directory / INDEX)
         prompts = index.get("prompts")
         if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
             raise WeightsError(f"{self.directory / INDEX}: has no list of prompts; embed anew")
         self.fingerprint = str(index.get("fingerprint"))
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        present = {path.name for path in self.directory.iterdir()}
         for number in range(-(-len(prompts) // PART)):
-            if not (path := _part(self.directory, number)).is_file():
+            if (path := _part(self.directory, number)).name not in present:
                 raise WeightsError(
                     f"{path}: missing; run pec_jax.embed again with the same flags to finish it"
                 )
@@ -90,9 +96,12 @@ class EmbeddingStore:
         return Conditioning(np.stack(tokens), np.stack(pooled))  # type: ignore[arg-type]
 
     def _read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        path = _part(self.directory, row // PART)
+        number = row // PART
+        path = _part(self.directory, number)
         try:
-            with safetensors.safe_open(path, framework="numpy") as part:
+            if number not in self._local:
+                self._local[number] = io.local_copy(path)
+            with safetensors.safe_open(self._local[number], framework="numpy") as part:
                 tokens, pooled = (part.get_slice(n)[row % PART] for n in ("tokens", "pooled"))
         except (safetensors.SafetensorError, OSError, IndexError) as error:
             raise WeightsError(f"{path}: damaged ({error}); delete it and embed again") from error
@@ -100,7 +109,7 @@ class EmbeddingStore:
 
 
 def write_store(
-    directory: str | Path,
+    directory: str | os.PathLike[str],
     prompts: Sequence[str],
     mark: str,
     encode: Callable[[Sequence[str]], Conditioning],
@@ -124,10 +133,10 @@ def write_store(
     Raises:
         WeightsError: the directory holds other prompts or was made by other encoders.
     """
-    directory, prompts = Path(directory), list(dict.fromkeys(prompts))
+    directory, prompts = io.path(directory), list(dict.fromkeys(prompts))
     index = {"fingerprint": mark, "prompts": prompts}
     path = directory / INDEX
-    if path.is_file() and read_json(path) != index:
+    if path.exists() and read_json(path) != index:
         raise WeightsError(
             f"{directory}: holds embeddings of other prompts or of other text encoders; "
             "choose another --out"
@@ -145,5 +154,5 @@ def write_store(
     return len(missing)
 
 
-def _part(directory: Path, number: int) -> Path:
+def _part(directory: epath.Path, number: int) -> epath.Path:
     return directory / f"embeddings-{number:05d}.safetensors"

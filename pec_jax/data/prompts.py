@@ -15,10 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from etils import epath
+
+from pec_jax import io
+
 SUFFIXES = (".txt", ".jsonl")
 MAX_LINE_CHARS = 10_000
 MAX_PROMPTS = 10_000_000
-CACHE_VARIABLE = "PEC_JAX_CACHE"
 _FORMAT = b"1"  # of the prepared data set; part of its checksum
 
 
@@ -69,19 +72,17 @@ class PromptSource(Sequence[Prompt]):
 
 
 def cache_directory() -> Path:
-    """Where prepared prompt sets are kept: under $PEC_JAX_CACHE, else the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    base = os.environ.get(CACHE_VARIABLE) or os.path.join(base, "pec_jax")
-    return Path(base).expanduser() / "prompts"
+    """Where prepared prompt sets are kept."""
+    return io.cache_directory() / "prompts"
 
 
-def check_file(path: str | os.PathLike) -> Path:
+def check_file(path: str | os.PathLike) -> epath.Path:
     """The path of a prompt file that exists and is of a known kind.
 
     Raises:
       PromptError: there is no such file, or its name does not end in .txt or .jsonl.
     """
-    path = Path(path).expanduser()
+    path = io.path(path)
     if not path.is_file():
         problem = "is a directory" if path.is_dir() else "does not exist"
         raise PromptError(f"The prompt file {path} {problem}. Give the path of a file.")
@@ -93,11 +94,11 @@ def check_file(path: str | os.PathLike) -> Path:
     return path
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: epath.Path) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, stripped line) of those that are not blank."""
     # A character takes at most four bytes, a line's end two, the byte order mark three.
     limit = 4 * MAX_LINE_CHARS + 6
-    with path.open("rb") as file:
+    with io.local_copy(path).open("rb") as file:
         number = 0
         while raw := file.readline(limit):
             number += 1
@@ -168,7 +169,7 @@ def checksum(path: str | os.PathLike) -> str:
     """SHA-256 of a prompt file's content and kind, 64 hexadecimal digits."""
     path = check_file(path)
     digest = hashlib.sha256(_FORMAT + path.suffix.encode() + b"\0")
-    with path.open("rb") as file:
+    with io.local_copy(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -202,5 +203,5 @@ def load_prompts(
     except OSError as error:
         raise PromptError(
             f"Cannot prepare the prompt file {path} in {directory}: {error}. "
-            f"Make room there, or set {CACHE_VARIABLE} to a directory that can be written."
+            f"Make room there, or set {io.CACHE_VARIABLE} to a directory that can be written."
         ) from error

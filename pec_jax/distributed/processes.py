@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -94,6 +94,24 @@ def first_says(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def first_does(action: Callable[[], object]) -> None:
+    """Runs `action` on the first process; if it fails there, it fails on every process.
+
+    Raises:
+      Exception: on the first process, that of `action`.
+      RunError: on the others.
+    """
+    error: Exception | None = None
+    if is_first():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    if first_says(error is None):
+        return
+    raise error or RunError("process 0 could not go on; its own message says why.")
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from pec_jax import io
 from pec_jax.errors import RunError
 from pec_jax.evaluation.table import Row, is_column
 
@@ -33,14 +35,13 @@ PARAMETER = {
 }
 # Where a run differs from another in one of these alone, the two are still one row.
 IGNORED = ("seed", "schedule", "mesh")
-MAX_BYTES = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run: its directory, its flat config and its final evaluation."""
 
-    directory: Path
+    directory: epath.Path
     config: Mapping[str, Any]
     evaluation: Mapping[str, Any]
 
@@ -62,13 +63,14 @@ class Run:
         return METHODS.get(name, name), space, weight
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
+def find_runs(paths: Sequence[epath.Path]) -> list[Run]:
     """The runs among some directories, and among the directories in them.
 
     Raises:
-        RunError: nothing there, or a run that is not finished or cannot be read.
+        RunError: nothing there, or a run that is not finished.
+        FileError: a file that cannot be read.
     """
-    found: list[Path] = []
+    found: list[epath.Path] = []
     for path in paths:
         if (path / "config.json").is_file():
             found.append(path)
@@ -80,22 +82,23 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     return [read_run(path) for path in dict.fromkeys(found)]
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: epath.Path) -> Run:
     """One run.
 
     Raises:
-        RunError: not finished, or a file that cannot be read.
+        RunError: not finished.
+        FileError: a file that cannot be read.
     """
     if not (directory / "eval.json").is_file():
         raise RunError(
             f"{directory} is not finished: it has no eval.json. Give the command that trains it "
             "once more, or leave it out."
         )
-    config = _flatten(_read_json(directory / "config.json"))
+    config = _flatten(io.read_json(directory / "config.json"))
     missing = [name for name in ("seed", "constraint.name") if name not in config]
     if missing:
         raise RunError(f"{directory / 'config.json'} lacks {', '.join(missing)}.")
-    return Run(directory, config, _read_json(directory / "eval.json"))
+    return Run(directory, config, io.read_json(directory / "eval.json"))
 
 
 def rows_of_runs(runs: Sequence[Run]) -> list[tuple[Row, list[Run]]]:
@@ -174,15 +177,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RunError(f"{path} is larger than {MAX_BYTES} bytes; it is no file of a run.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise RunError(f"{path} does not hold a JSON object.")
-    return value

@@ -14,19 +14,14 @@ import jax.numpy as jnp
 
 from pec_jax.families.registry import Family, read_family
 from pec_jax.families.text import load_text_stack
+from pec_jax.io import read_json, write_json
 from pec_jax.models import flux
 from pec_jax.models.flux import Flux, FluxConfig
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.models.text import TextStack
 from pec_jax.models.vae import AutoencoderKL, VAEConfig
 from pec_jax.weights.convert import boxed_variables, from_torch, placed_shapes, to_torch, unbox
-from pec_jax.weights.tensors import (
-    WeightsError,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from pec_jax.weights.tensors import WeightsError, read_tensors, write_tensors
 
 PyTree = Any
 Transformer = MMDiT | Flux

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from pec_jax.weights.tensors import WeightsError, read_json
+from pec_jax.io import read_json
+from pec_jax.weights.tensors import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)

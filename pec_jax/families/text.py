@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.families.registry import present_text_encoders, read_family
+from pec_jax.io import read_json
 from pec_jax.models import clip, t5
 from pec_jax.models.text import TextStack, TextTower, flux_conditioning, sd3_conditioning
 from pec_jax.weights.convert import boxed_variables, from_torch
-from pec_jax.weights.tensors import WeightsError, read_json, read_tensors
+from pec_jax.weights.tensors import WeightsError, read_tensors
 
 
 def load_variables(

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.families.text import load_tokenizer, load_variables
+from pec_jax.io import read_json
 from pec_jax.models import clip, dinov2, vit
 from pec_jax.perception.preprocessing import Preprocessor, to_uint8_levels
 from pec_jax.weights.convert import boxed_variables, placed_shapes
-from pec_jax.weights.tensors import read_json
 
 __all__ = ["Encoder", "load_encoder", "to_uint8_levels", "unit"]
 

@@ -20,12 +20,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pec_jax import io
 from pec_jax.config.schema import Config, ConfigError, unknown
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed import mesh as sharding
 from pec_jax.families import published
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.families.pipeline import Pipeline
+from pec_jax.io import read_json
 from pec_jax.perception.encoders import Encoder, load_encoder
 from pec_jax.profiling import flops
 from pec_jax.profiling.chips import CHIPS, Chip, roofline
@@ -36,7 +38,6 @@ from pec_jax.rl.train_step import train_step
 from pec_jax.training import build as assemble
 from pec_jax.types import Batch, Conditioning, PyTree, TrainState
 from pec_jax.weights.hub import model_directory
-from pec_jax.weights.tensors import read_json
 
 CLIP_LENGTH = 77  # tokens, of all published models
 
@@ -145,7 +146,7 @@ def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
     Raises:
       ConfigError: neither a directory nor published.
     """
-    if name == "shapes" or Path(name).expanduser().exists():
+    if name == "shapes" or io.path(name).exists():
         return pipeline_directory(name) if pipeline else model_directory(name)
     entry = published.find(name)
     if entry is None:
