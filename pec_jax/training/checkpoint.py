@@ -2,15 +2,16 @@
 
 A checkpoint holds the whole TrainState. Everything else that a resumed run needs follows
 from it: the prompt cursor is the iteration number, and all randomness is folded from the seed
-and that number. Beside the arrays lies a checksum of every leaf, so that a damaged newest
-checkpoint is noticed and the one before it is taken. Reading changes nothing in the directory.
+and that number. Beside the arrays lie a checksum of every leaf, so that a damaged newest
+checkpoint is noticed and the one before it is taken, and every leaf's shape, so that a checkpoint
+of another model is not mistaken for a damaged one. Reading changes nothing in the directory.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -69,6 +70,7 @@ class Checkpointer:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(host_state),
                 checksums=ocp.args.JsonSave(_checksums(host_state)),
+                shapes=ocp.args.JsonSave(_shapes(host_state)),
             ),
             force=True,
         )
@@ -110,17 +112,17 @@ def restore_newest(directory: epath.Path, expected: TrainState) -> Restored:
     """
     damaged: list[int] = []
     reasons = []
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.StandardCheckpointHandler(), checksums=ocp.JsonCheckpointHandler()
-    )
-    steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
-    with ocp.Checkpointer(handler) as reader:
-        for step in sorted(steps, reverse=True):
-            path = directory / str(step)
+    if not directory.exists():
+        return Restored(None, [])
+    # Not `read_only`, of which orbax warns at every start; these options change nothing either.
+    options = ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
             try:
-                stored = _stored_shapes(reader, path)
+                arguments = ocp.args.Composite(shapes=ocp.args.JsonRestore())
+                stored = manager.restore(step, args=arguments).shapes
                 if stored == _shapes(expected):
-                    return Restored(_read(reader, path, expected), damaged)
+                    return Restored(_read(manager, step, expected), damaged)
             except Exception as error:  # whatever a damaged file provokes in the readers below us
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 logging.warning("Checkpoint %d is damaged, trying the one before: %s", step, reason)
@@ -140,10 +142,10 @@ def restore_newest(directory: epath.Path, expected: TrainState) -> Restored:
     return Restored(None, [])
 
 
-def _read(reader: ocp.Checkpointer, path: epath.Path, expected: TrainState) -> TrainState:
+def _read(manager: ocp.CheckpointManager, step: int, expected: TrainState) -> TrainState:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, expected)
-    restored = reader.restore(
-        path,
+    restored = manager.restore(
+        step,
         args=ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), checksums=ocp.args.JsonRestore()
         ),
@@ -156,36 +158,20 @@ def _read(reader: ocp.Checkpointer, path: epath.Path, expected: TrainState) -> T
     return restored.state
 
 
-def _stored_shapes(reader: ocp.Checkpointer, path: epath.Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every stored array, from orbax's metadata alone."""
-    metadata = reader.metadata(path).item_metadata["state"]
-    if metadata is None:
-        raise ValueError("its metadata is missing")
-    return _shapes(metadata.tree)
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    """Name -> shape; orbax stores fields, keys and list positions alike as parts of the name."""
+def _shapes(tree: PyTree) -> dict[str, list[int]]:
+    """Name -> shape of every leaf, as JSON has it."""
     return {
-        "/".join(_part(key) for key in path): tuple(leaf.shape)
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def _part(key: Any) -> str:
-    """A step of a path into a tree, without the brackets of its kind."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _difference(stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
+def _difference(stored: dict[str, list[int]], expected: dict[str, list[int]]) -> str:
     """In words: which arrays are only there, only here, or of another shape."""
     reshaped = [n for n in sorted(stored.keys() & expected.keys()) if stored[n] != expected[n]]
     parts = []
     if reshaped:
-        shown = [f"{n} {list(stored[n])} there, {list(expected[n])} now" for n in reshaped]
+        shown = [f"{n} {stored[n]} there, {expected[n]} now" for n in reshaped]
         parts.append(_listing("of other shapes", shown))
     for names, what in ((stored, "only stored"), (expected, "not stored")):
         other = expected if names is stored else stored
