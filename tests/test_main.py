@@ -92,6 +92,26 @@ def test_help_is_complete(module):
         assert f"--{flag}" in output or f"--[no]{flag}" in output
 
 
+def test_a_work_directory_that_is_a_file_is_answered(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, output = run("pec_jax.main", SHAPES, f"--workdir={tmp_path / 'file'}")
+    assert code == 2 and "file is a file. Give the name of a directory" in output
+    assert "Traceback" not in output and (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_bucket_answers_is_a_sentence(capsys):
+    """tensorflow, which opens gs://, has errors of its own."""
+    from tensorflow.errors import PermissionDeniedError
+
+    from pec_jax.errors import exit_with_sentence
+
+    with pytest.raises(SystemExit) as ended, exit_with_sentence():
+        raise PermissionDeniedError(None, None, "no access to gs://bucket/run\nmore")
+    assert ended.value.code == 2
+    words = "Error: the bucket cannot be used: no access to gs://bucket/run. Check"
+    assert capsys.readouterr().err.startswith(words)
+
+
 def test_a_read_only_work_directory_is_answered():
     code, output = run("pec_jax.main", SHAPES, "--workdir=/proc/nothing/here")
     assert code != 0 and "/proc/nothing" in output and "Traceback" not in output
@@ -112,7 +132,7 @@ def test_a_full_disk_is_answered(tmp_path):
     assert process.returncode != 0
     assert "Traceback" not in output, output
     assert "Error:" in output
-    assert not (tmp_path / "run" / "config.json").exists()  # nothing half-written
+    assert not (tmp_path / "run").exists()  # a start that failed leaves nothing
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def write_store(
     dtype: Any = np.float32,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> int:
-    """Embeds prompts, part by part; parts that are there already are passed over.
+    """Embeds prompts, part by part; parts that are there already are skipped.
 
     Args:
         directory: created if absent.
@@ -133,24 +133,24 @@ def write_store(
     Raises:
         WeightsError: the directory holds other prompts or was made by other encoders.
     """
-    directory, prompts = io.path(directory), list(dict.fromkeys(prompts))
+    root, prompts = io.path(directory), list(dict.fromkeys(prompts))
     index = {"fingerprint": mark, "prompts": prompts}
-    path = directory / INDEX
+    path = root / INDEX
     if path.exists() and read_json(path) != index:
         raise WeightsError(
-            f"{directory}: holds embeddings of other prompts or of other text encoders; "
+            f"{root}: holds embeddings of other prompts or of other text encoders; "
             "choose another --out"
         )
     write_json(path, index)
     numbers = range(-(-len(prompts) // PART))
-    missing = [number for number in numbers if not _part(directory, number).is_file()]
+    missing = [number for number in numbers if not _part(root, number).is_file()]
     for number in progress(missing):
         part = encode(prompts[number * PART : (number + 1) * PART])
         arrays = {
             name: np.asarray(array).astype(dtype)
             for name, array in (("tokens", part.tokens), ("pooled", part.pooled))
         }
-        write_tensors(directory, arrays, _part(directory, number).stem)
+        write_tensors(root, arrays, _part(root, number).stem)
     return len(missing)
 
 

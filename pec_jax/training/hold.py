@@ -220,6 +220,7 @@ class _LockedFile(_LeaseFile):
         assert self._descriptor is not None
         os.pwrite(self._descriptor, data, 0)
         os.ftruncate(self._descriptor, len(data))
+        os.fsync(self._descriptor)  # to the others, where the disk is a network's
 
 
 def _process() -> dict[str, Any]:

@@ -157,16 +157,17 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         WeightsError: missing, truncated or of another format.
     """
-    path = epath.Path(path)
     try:
-        with path.open("rb") as file:
+        with epath.Path(path).open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size <= MAX_HEADER_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict):
-        raise WeightsError(f"{path}: truncated or not a safetensors file; fetch it again")
-    return {str(k): str(v) for k, v in (header.get("__metadata__") or {}).items()}
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {size} bytes")
+            notes = json.loads(file.read(size)).get("__metadata__", {})
+        return {str(key): str(value) for key, value in notes.items()}
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise WeightsError(
+            f"{os.fspath(path)}: truncated or not a safetensors file; fetch it again"
+        ) from error
 
 
 def write_tensors(

@@ -8,9 +8,10 @@ import os
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from pec_jax.weights.tensors import WeightsError, read_tensors, write_tensors
+from pec_jax.weights.tensors import WeightsError, read_metadata, read_tensors, write_tensors
 
 TENSORS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -123,6 +124,21 @@ class TestClearErrors:
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(WeightsError, match="no weight_map"):
             read_tensors(tmp_path)
+
+
+class TestMetadata:
+    def test_the_notes_are_those_of_the_library(self, tmp_path):
+        path = write_tensors(tmp_path, TENSORS, metadata={"a": "é"})
+        with safe_open(path, framework="numpy") as file:
+            assert read_metadata(path) == file.metadata() == {"format": "pt", "a": "é"}
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"\2", b"\xff" * 8, b"\2\0\0\0\0\0\0\0[]", b"\1\0\0\0\0\0\0\0{"]
+    )
+    def test_what_is_no_safetensors_file_is_named(self, tmp_path, content):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(WeightsError, match=r"x\.safetensors: truncated or not"):
+            read_metadata(tmp_path / "x.safetensors")
 
 
 class TestWritingIsAtomic:
