@@ -78,8 +78,8 @@ class RunDirectory:
 
     def check(self, config: Config, *, allow_config_change: bool = False) -> None:
         """Raises RunError unless this is a new directory or one of a run of `config`."""
-        above = next((p for p in self.path.parents if p.exists()), self.path)
-        for place in (self.path, above):
+        places = (self.path,) if io.is_remote(self.path) else (self.path, *self.path.parents)
+        for place in places:
             if place.exists() and not place.is_dir():
                 raise RunError(
                     f"--workdir={self.path}: {place} is a file. Give the name of a directory."

@@ -78,6 +78,7 @@ def runs(bucket):
     )
     flags = [
         *SMALL,
+        "--config.eval.entropy_probes=0",
         "--config.num_iterations=5",
         "--config.schedule.checkpoint_every=2",
         "--config.schedule.keep_checkpoints=2",
