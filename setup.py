@@ -11,8 +11,10 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints
     "ml_collections>=1.1.0,<2",  # configs and their flags
     "absl-py>=2.1",  # flags of every command
+    "etils[epath]>=1.12,<2",  # paths on this machine and on gs://
     "clu>=0.0.12,<0.1",  # metric writers, periodic actions, parameter overview
-    "tensorflow-cpu>=2.21,<2.22",  # clu's metric writers import it and do not declare it
+    # clu's metric writers import it and do not declare it; etils opens gs:// through it
+    "tensorflow-cpu>=2.21,<2.22",
     "tensorboard>=2.20,<3",  # likewise
     "tensorflow-datasets>=4.9.10,<5",  # prompt sets as random-access data sources
     "array_record>=0.8.3",  # the file format of those sources
@@ -31,6 +33,8 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    # orbax asks it for the kind of a bucket before it deletes an old checkpoint there
+    "gcs": ["google-cloud-storage>=2.14", "google-cloud-storage-control>=1.0"],
     "test": [
         "torch==2.13.0",  # the oracle of the parity tests
         "diffusers==0.42.1",  # likewise

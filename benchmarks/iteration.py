@@ -56,7 +56,7 @@ sys.path.insert(0, str(ROOT))  # for the configs, and for this directory by its 
 from benchmarks import contestants, setups, timing  # noqa: E402
 from pec_jax.config import ConfigError, from_config_dict  # noqa: E402
 from pec_jax.distributed import processes as hosts  # noqa: E402
-from pec_jax.errors import exit_with_sentence, quiet_libraries  # noqa: E402
+from pec_jax.errors import exit_on_user_error, quiet_libraries  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to time.")
 _RUNS = flags.DEFINE_integer("runs", 20, "Timed rounds.", lower_bound=1)
@@ -271,12 +271,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--torch is eager, compiled, or both, not {', '.join(unknown)}.")
     if _TORCH.value:  # two libraries share one device's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with exit_with_sentence():
+    with exit_on_user_error():
         config = from_config_dict(_CONFIG.value)
         start = time.perf_counter()
         setup = setups.drawn(config) if _RANDOM.value else setups.loaded(config)
         result = {"load_s": time.perf_counter() - start} | measure(setup)
-        if not hosts.is_first():
+        if not hosts.is_primary():
             return
         show(result)
         if _JSON.value:

@@ -21,12 +21,12 @@ from torch.nn import functional
 
 from benchmarks.setups import Setup
 from pec_jax.config import Config, ConfigError
+from pec_jax.io import read_json
 from pec_jax.perception.preprocessing import Preprocessor
 from pec_jax.profiling.aot import config_files
 from pec_jax.types import PyTree
 from pec_jax.weights.convert import to_torch
 from pec_jax.weights.lora_files import lora_to_torch
-from pec_jax.weights.tensors import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ENCODERS: dict[str, tuple[Any, Any]] = {

@@ -15,7 +15,7 @@ import os
 from absl import flags, logging
 
 from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax.errors import exit_on_user_error
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Kind and grid of the chips, as in v5e:4x4.")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that two could fight over
     from pec_jax.config.schema import from_config_dict
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         config = from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
         from pec_jax.profiling import aot as ahead
 

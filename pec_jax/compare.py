@@ -7,12 +7,10 @@ rows of a table instead.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 
-from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax import command_line, io
+from pec_jax.errors import exit_on_user_error
 
 _TABLE = flags.DEFINE_string(
     "table", None, "Csv file with the columns method, quality/* and diversity/*."
@@ -26,12 +24,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give either run directories or --table=F.csv; see --help.")
     from pec_jax.evaluation import comparison  # imports matplotlib; --help need not wait for it
 
-    with exit_with_sentence():
-        out = Path(_OUT.value).expanduser()
+    with exit_on_user_error():
+        out = io.path(_OUT.value)
         if _TABLE.value:
-            comparison.compare_csv(Path(_TABLE.value).expanduser(), out)
+            comparison.compare_csv(io.path(_TABLE.value), out)
         else:
-            comparison.compare_runs([Path(p).expanduser() for p in argv[1:]], out)
+            comparison.compare_runs([io.path(name) for name in argv[1:]], out)
 
 
 if __name__ == "__main__":

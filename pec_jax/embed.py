@@ -6,12 +6,10 @@ may be interrupted and given again; it goes on where it stopped.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
-from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax import command_line, io
+from pec_jax.errors import exit_on_user_error
 
 _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
@@ -45,11 +43,11 @@ def main(argv: list[str]) -> None:
     command_line.refuse_arguments(argv)
     from pec_jax.data import encode_prompts  # imports jax; --help and typos need not wait
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         encode_prompts.run(
             _MODEL.value,
             _PROMPTS.value,
-            Path(_OUT.value).expanduser(),
+            io.path(_OUT.value),
             dtype=_DTYPE.value,
             t5_length=_T5_LENGTH.value,
             variant=_VARIANT.value,

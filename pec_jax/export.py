@@ -6,12 +6,10 @@ The kind `lora` is a file for `pipe.load_lora_weights`, the kind `transformer` a
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
-from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax import command_line, io
+from pec_jax.errors import exit_on_user_error
 
 _WORKDIR = command_line.required_string("workdir", "The run whose newest checkpoint is exported.")
 _KIND = flags.DEFINE_enum("kind", None, ["lora", "transformer"], "What to write.", required=True)
@@ -29,11 +27,11 @@ def main(argv: list[str]) -> None:
     command_line.refuse_arguments(argv)
     from pec_jax.inference import export  # imports jax; --help and typos need not wait
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         export.run(
-            Path(_WORKDIR.value).expanduser(),
+            io.path(_WORKDIR.value),
             _KIND.value,
-            Path(_OUT.value).expanduser(),
+            io.path(_OUT.value),
             use_ema=_USE_EMA.value,
             dtype=_DTYPE.value,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from absl import app, flags
 
 from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax.errors import exit_on_user_error
 
 _CONFIG = command_line.define_config()
 _WORKDIR = command_line.required_string(
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(f"--{flag.name} means nothing without --distributed.")
     from pec_jax.config.schema import from_config_dict
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
         from pec_jax.distributed import processes as hosts
         from pec_jax.training import trainer as train
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value:
             hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         else:
-            hosts.refuse_to_run_alone()
+            hosts.refuse_unjoined_process()
         train.train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CONFIG_CHANGE.value)
 
 

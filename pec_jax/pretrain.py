@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax.errors import exit_on_user_error
 
 STAGES = ("skeleton", "vae", "clip", "t5", "transformer", "dino", "pickscore", "report")
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     command_line.refuse_arguments(argv)
     from pec_jax.shapes.pretraining.loop import Session
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         out = Path(_OUT.value)
         state = Path(_STATE.value) if _STATE.value else out.with_name(out.name + ".state")
         session = Session(out, state, seed=_SEED.value, steps_scale=_SCALE.value)

@@ -6,12 +6,10 @@ Writes one PNG per image, a contact sheet `grid.png`, and `latents.npy` in diffu
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
-from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax import command_line, io
+from pec_jax.errors import exit_on_user_error
 
 _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
@@ -68,7 +66,7 @@ def main(argv: list[str]) -> None:
     command_line.refuse_arguments(argv, hint=" Quote the prompt.")
     from pec_jax.inference import draw  # imports jax; --help and typos need not wait
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         draw.run(
             draw.Request(
                 model=_MODEL.value,
@@ -90,7 +88,7 @@ def main(argv: list[str]) -> None:
                 t5_length=_T5_LENGTH.value,
                 batch_size=_BATCH_SIZE.value,
             ),
-            Path(_OUT.value).expanduser(),
+            io.path(_OUT.value),
         )
 
 

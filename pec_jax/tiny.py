@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags
 
 from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence
+from pec_jax.errors import exit_on_user_error
 
 _FAMILY = flags.DEFINE_string(
     "family", "sd3", "Kind of pipeline, such as sd3 or flux; an unknown one lists those there are."
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--transformer is not JSON: {error}") from None
     from pec_jax.families.tiny import write_pipeline  # imports jax; --help need not wait for it
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         out = write_pipeline(Path(_OUT.value).expanduser(), _FAMILY.value, config, seed=_SEED.value)
         print(f"{out} is written; its images are 32 pixels wide: --height=32 --width=32.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import sys
@@ -124,6 +125,16 @@ def small_config_dict():
     )
     config.schedule.update({"sample_every": 2, "checkpoint_every": 2, "eval_every": 2})
     return config
+
+
+def tree_hash(directory):
+    """Every path below a directory, with the SHA-256 of each file."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "directory"
+        for path in sorted(directory.rglob("*"))
+    }
 
 
 @pytest.fixture

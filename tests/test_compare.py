@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pec_jax.errors import RunError
+from pec_jax.errors import FileError, RunError
 from pec_jax.evaluation import comparison, run_table
 from pec_jax.evaluation.report import write_report
 from pec_jax.evaluation.table import COMPUTED, normalise
@@ -193,10 +193,10 @@ def test_mistakes_are_sentences(runs, tmp_path):
     with pytest.raises(RunError, match="not finished"):
         run_table.find_runs([runs])
     (runs / "none_0" / "eval.json").write_text("[1]")
-    with pytest.raises(RunError, match="not hold a JSON object"):
+    with pytest.raises(FileError, match="must hold a JSON object"):
         run_table.find_runs([runs])
     (runs / "none_0" / "eval.json").write_text("{")
-    with pytest.raises(RunError, match="as JSON"):
+    with pytest.raises(FileError, match="not valid JSON"):
         run_table.find_runs([runs])
 
 

@@ -67,6 +67,26 @@ def test_a_name_that_does_not_exist_is_answered_with_those_that_do(
         assert word in str(error.value)
 
 
+def test_a_work_directory_that_is_a_file_is_answered(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, output = run("pec_jax.main", SHAPES, f"--workdir={tmp_path / 'file'}")
+    assert code == 2 and "file is a file. Give the name of a directory" in output
+    assert "Traceback" not in output and (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_bucket_answers_is_a_sentence(capsys):
+    """tensorflow, which opens gs://, has errors of its own."""
+    from tensorflow.errors import PermissionDeniedError
+
+    from pec_jax.errors import exit_on_user_error
+
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise PermissionDeniedError(None, None, "no access to gs://bucket/run\nmore")
+    assert ended.value.code == 2
+    words = "Error: the bucket cannot be used: no access to gs://bucket/run. Check"
+    assert capsys.readouterr().err.startswith(words)
+
+
 def test_a_read_only_work_directory_is_answered():
     code, output = run("pec_jax.main", SHAPES, "--workdir=/proc/nothing/here")
     assert code != 0 and "/proc/nothing" in output and "Traceback" not in output
@@ -87,7 +107,7 @@ def test_a_full_disk_is_answered(tmp_path):
     assert process.returncode != 0
     assert "Traceback" not in output, output
     assert "Error:" in output
-    assert not (tmp_path / "run" / "config.json").exists()  # nothing half-written
+    assert not (tmp_path / "run").exists()  # a start that failed leaves nothing
 
 
 @pytest.mark.parametrize(

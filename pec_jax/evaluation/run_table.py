@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from pec_jax import io
 from pec_jax.config.schema import flatten
 from pec_jax.errors import RunError
 from pec_jax.evaluation.labels import Label, label_of, without_what_is_off
@@ -18,14 +20,13 @@ BASE = "Base"
 IGNORED = ("seed", "schedule", "mesh")
 # What a table needs to know of a run's config.
 SECTIONS = ("seed", "objective", "constraints", "perception", "rewards", "encoders")
-MAX_BYTES = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run: its directory, its config and its final evaluation."""
 
-    directory: Path
+    directory: epath.Path
     config: Mapping[str, Any]
     evaluation: Mapping[str, Any]
 
@@ -46,13 +47,14 @@ class Run:
         return {k: v for k, v in flat.items() if k.split(".")[0] not in IGNORED}
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
+def find_runs(paths: Sequence[epath.Path]) -> list[Run]:
     """The runs among some directories, and among the directories in them.
 
     Raises:
-        RunError: nothing there, or a run that is not finished or cannot be read.
+        RunError: nothing there, or a run that is not finished.
+        FileError: a file that cannot be read.
     """
-    found: list[Path] = []
+    found: list[epath.Path] = []
     for path in paths:
         if (path / "config.json").is_file():
             found.append(path)
@@ -64,11 +66,12 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     return [read_run(path) for path in dict.fromkeys(found)]
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: epath.Path) -> Run:
     """One run.
 
     Raises:
-        RunError: not finished, or a file that cannot be read.
+        RunError: not finished.
+        FileError: a file that cannot be read.
     """
     if not (directory / "eval.json").is_file():
         raise RunError(
@@ -76,9 +79,9 @@ def read_run(directory: Path) -> Run:
             "trains it, or leave it out."
         )
     path = directory / "config.json"
-    config = _read_json(path)
+    config = io.read_json(path)
     check_schema(config, path)
-    run = Run(directory, config, _read_json(directory / "eval.json"))
+    run = Run(directory, config, io.read_json(directory / "eval.json"))
     try:
         _ = run.label, run.settings
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,7 +89,7 @@ def read_run(directory: Path) -> Run:
     return run
 
 
-def check_schema(config: Mapping[str, Any], path: Path) -> None:
+def check_schema(config: Mapping[str, Any], path: epath.Path) -> None:
     """Refuses the config of a run that this version cannot read.
 
     Args:
@@ -169,15 +172,3 @@ def _distinct_labels(runs: Sequence[Run]) -> list[Label]:
             label = label._replace(method=f"{label.method} ({extra})")
         labels.append(label)
     return labels
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RunError(f"{path} is larger than {MAX_BYTES} bytes; it is no file of a run.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise RunError(f"{path} does not hold a JSON object.")
-    return value

@@ -13,10 +13,10 @@ import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from scipy import stats
 
 from pec_jax.errors import RunError
@@ -160,7 +160,7 @@ def ratio(row: Row, other: Row, metric: str = OVERALL) -> Interval:
     return student_interval([row.values[metric][s] / other.values[metric][s] for s in common])
 
 
-def rows_from_csv(path: Path) -> list[Row]:
+def rows_from_csv(path: epath.Path) -> list[Row]:
     """Rows of a csv with the columns method, perceptual_space, weight and the metrics.
 
     A column `seed` makes several lines of one label one row; without it each line is a row. The
@@ -299,20 +299,21 @@ def _common_columns(rows: Sequence[Row]) -> list[str]:
     return columns
 
 
-def _read_bounded(path: Path) -> str:
+def _read_bounded(path: epath.Path) -> str:
     try:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}.") from None
-    if size > MAX_BYTES:
-        raise RunError(f"{path} has {size} bytes; a table of at most {MAX_BYTES} is read.")
+        raise RunError(f"cannot read {path}: {error.strerror or error}.") from None
+    if len(data) > MAX_BYTES:
+        raise RunError(f"{path} is too large; a table of at most {MAX_BYTES} bytes is read.")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise RunError(f"cannot read {path} as text: {error}.") from None
 
 
-def _number(cell: str | None, path: Path, line: int, column: str) -> float:
+def _number(cell: str | None, path: epath.Path, line: int, column: str) -> float:
     try:
         value = float(cell or "")
     except ValueError:

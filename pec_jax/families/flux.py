@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from pec_jax.families.base import Pipeline, timesteps
 from pec_jax.families.networks import PUBLISHED_VAE, Network, float_shape
 from pec_jax.families.text import clip_encoder, t5_encoder
+from pec_jax.io import read_json, write_json
 from pec_jax.models.flux import PACK, Flux, FluxConfig
 from pec_jax.models.text import Combine
 from pec_jax.types import Array, Conditioning, PyTree
 from pec_jax.weights.published import Files
-from pec_jax.weights.tensors import read_json, read_tensors, write_json, write_tensors
+from pec_jax.weights.tensors import read_tensors, write_tensors
 
 SAMPLE_SIZE = 128  # latent pixels; in diffusers a constant of the pipeline
 _SCHEDULER = {

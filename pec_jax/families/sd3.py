@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from pec_jax.families.base import Pipeline, timesteps
 from pec_jax.families.networks import PUBLISHED_VAE, Network, float_shape
 from pec_jax.families.text import clip_encoder, t5_encoder
+from pec_jax.io import read_json
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.models.text import Combine
 from pec_jax.types import Array, Conditioning, PyTree
 from pec_jax.weights.published import Files
-from pec_jax.weights.tensors import read_json
 
 T5_WIDTH = 4096  # of T5-XXL, where no config says another
 

@@ -47,7 +47,7 @@ def attention(
     Source: Vaswani et al. 2017, equation 1.
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    plain = functools.partial(written_out, bias=bias, scale=scale)
+    plain = functools.partial(reference_attention, bias=bias, scale=scale)
     long = k.shape[1] >= FUSED_FROM and q.shape[-1] <= FUSED_HEAD_DIM
     if bias is not None or q.dtype != jnp.bfloat16 or not long:
         return plain(q, k, v)
@@ -59,7 +59,7 @@ def attention(
     return jax.lax.platform_dependent(q, k, v, default=plain, **fused)
 
 
-def written_out(q: Array, k: Array, v: Array, *, bias: Array | None, scale: float) -> Array:
+def reference_attention(q: Array, k: Array, v: Array, *, bias: Array | None, scale: float) -> Array:
     """`attention` by two matrix products, heads before positions.
 
     The division by the softmax's sum comes after the product with v: that touches Lq*D numbers a

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pec_jax import io
 from pec_jax.config import Config, ConfigError, unknown
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed import mesh as sharding
@@ -142,7 +143,7 @@ def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
     Raises:
       ConfigError: neither a directory nor published.
     """
-    if name == "shapes" or Path(name).expanduser().exists():
+    if name == "shapes" or io.path(name).exists():
         return pipeline_directory(name) if pipeline else model_directory(name)
     models = published_pipelines() if pipeline else ENCODERS
     files = published.find(name, models)

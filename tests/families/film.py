@@ -12,10 +12,10 @@ from pec_jax.families.base import Pipeline, timesteps
 from pec_jax.families.flux import Flux1
 from pec_jax.families.networks import Network, float_shape
 from pec_jax.families.text import t5_encoder
+from pec_jax.io import read_json, write_json
 from pec_jax.models import layers
 from pec_jax.models.attention import attention
 from pec_jax.types import Conditioning
-from pec_jax.weights.tensors import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
