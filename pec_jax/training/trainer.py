@@ -16,6 +16,7 @@ from absl import logging
 from clu import parameter_overview, periodic_actions
 from jax.sharding import Mesh
 from jaxtyping import Array
+from ml_collections import ConfigDict
 
 from pec_jax.config import schema
 from pec_jax.data.stream import PromptStream
@@ -45,7 +46,10 @@ SHOWN = ("reward/mean", "reward/std", "entropy/perceptual", "entropy/policy", "t
 
 
 def train(
-    config_dict: Mapping[str, Any], workdir: str | Path, *, allow_config_change: bool = False
+    config_dict: Mapping[str, Any] | ConfigDict,
+    workdir: str | Path,
+    *,
+    allow_config_change: bool = False,
 ) -> dict[str, float]:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one.
 
