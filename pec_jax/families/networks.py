@@ -13,16 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pec_jax.io import read_json, write_json
 from pec_jax.models.vae import AutoencoderKL, VAEConfig
 from pec_jax.types import PyTree
 from pec_jax.weights.convert import boxed_variables, from_torch, placed_shapes, to_torch, unbox
-from pec_jax.weights.tensors import (
-    WeightsError,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from pec_jax.weights.tensors import WeightsError, read_tensors, write_tensors
 
 STEM = "diffusion_pytorch_model"
 MAX_SIZE = 2**20  # no width, depth or table of a real model is larger

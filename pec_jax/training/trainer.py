@@ -16,6 +16,7 @@ from clu import parameter_overview, periodic_actions
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array
+from ml_collections import ConfigDict
 
 from pec_jax import io
 from pec_jax.config import schema
@@ -47,7 +48,7 @@ SHOWN = ("reward/mean", "reward/std", "entropy/perceptual", "entropy/policy", "t
 
 
 def train(
-    config_dict: Mapping[str, Any],
+    config_dict: Mapping[str, Any] | ConfigDict,
     workdir: str | os.PathLike[str],
     *,
     allow_config_change: bool = False,
