@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import optax
 from flax import struct
+from jaxtyping import Float
 
 Array = jax.Array
 PyTree = Any
+Scalar = float | Float[Array, ""]
 
 
 @struct.dataclass

@@ -85,7 +85,7 @@ def output_log_prob(
 
 
 def mean_and_error(
-    log_prob: Float[ArrayLike, "..."],
+    log_prob: Float[Array, "..."],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The entropy -E log p(x_0 | c) and its standard error.
 

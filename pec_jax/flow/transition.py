@@ -14,7 +14,9 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
+
+from pec_jax.types import Scalar
 
 _LOG_2PI = math.log(2.0 * math.pi)
 
@@ -25,14 +27,14 @@ class Kernel(Protocol):
 
     def __call__(
         self,
-        x_t: Array,
-        velocity: Array,
-        sigma: Array,
-        sigma_next: Array,
+        x_t: Float[ArrayLike, "n ..."],
+        velocity: Float[ArrayLike, "n ..."],
+        sigma: Float[ArrayLike, "..."],
+        sigma_next: Float[ArrayLike, "..."],
         *,
-        noise_level: float | Array,
-        sigma_max: float | Array,
-    ) -> tuple[Array, Array]: ...
+        noise_level: Scalar,
+        sigma_max: Scalar,
+    ) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]: ...
 
 
 def flow_sde(
@@ -41,8 +43,8 @@ def flow_sde(
     sigma: Float[ArrayLike, "..."],
     sigma_next: Float[ArrayLike, "..."],
     *,
-    noise_level: Real[ArrayLike, ""],
-    sigma_max: Real[ArrayLike, ""],
+    noise_level: Scalar,
+    sigma_max: Scalar,
 ) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """Flow-GRPO's reverse SDE, whose noise grows towards sigma = 1.
 
@@ -75,8 +77,8 @@ def dance_sde(
     sigma: Float[ArrayLike, "..."],
     sigma_next: Float[ArrayLike, "..."],
     *,
-    noise_level: Real[ArrayLike, ""],
-    sigma_max: Real[ArrayLike, ""],
+    noise_level: Scalar,
+    sigma_max: Scalar,
 ) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """DanceGRPO's reverse SDE: the form of `flow_sde` with the constant scale s = eta.
 
@@ -105,8 +107,8 @@ def cps(
     sigma: Float[ArrayLike, "..."],
     sigma_next: Float[ArrayLike, "..."],
     *,
-    noise_level: Real[ArrayLike, ""],
-    sigma_max: Real[ArrayLike, ""],
+    noise_level: Scalar,
+    sigma_max: Scalar,
 ) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """Coefficients-preserving sampling: fresh noise replaces old, the total stays sigma_next.
 
@@ -142,8 +144,8 @@ def ode(
     sigma: Float[ArrayLike, "..."],
     sigma_next: Float[ArrayLike, "..."],
     *,
-    noise_level: Real[ArrayLike, ""] = 0.0,
-    sigma_max: Real[ArrayLike, ""] = 1.0,
+    noise_level: Scalar = 0.0,
+    sigma_max: Scalar = 1.0,
 ) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """The Euler step of the probability-flow ODE: mean = x_t + v dt, std = 0.
 
@@ -249,7 +251,7 @@ def policy_entropy(std: Float[ArrayLike, "*s"]) -> Float[Array, "*s"]:
 
 
 def schedule_stds(
-    sigmas: Float[ArrayLike, " t_plus_1"], kernel: str | Kernel, noise_level: Real[ArrayLike, ""]
+    sigmas: Float[ArrayLike, " t_plus_1"], kernel: str | Kernel, noise_level: Scalar
 ) -> Float[Array, " t"]:
     """The std of every step of a schedule, e.g. s_t sqrt(-dt) for `flow_sde`.
 
@@ -278,7 +280,7 @@ def _reverse_sde(x_t, velocity, sigma, sigma_next, scale):
     return mean, scale * jnp.sqrt(-dt)
 
 
-def _as_float32(*arrays):
+def _as_float32(*arrays: ArrayLike) -> tuple[Array, ...]:
     return tuple(jnp.asarray(a, jnp.float32) for a in arrays)
 
 

@@ -80,7 +80,7 @@ def run(request: Request, out: epath.Path) -> None:
     logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
 
 
-def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -> Array:
+def initial_latents(request: Request, count: int, shape: tuple[int, ...]) -> Array:
     """Unit Gaussian noise [N, h, w, C]; image i has the same noise whatever N is.
 
     Raises:
@@ -135,6 +135,7 @@ def draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
     prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
+    assert pipeline.text is not None  # `run` loads it
     encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
     negative = jax.tree.map(lambda a: a[-1:], encoded)
     stochastic = request.sampler != "ode"

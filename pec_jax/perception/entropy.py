@@ -22,6 +22,8 @@ from jax.scipy.special import digamma, gammaln
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from pec_jax.types import Scalar
+
 _LOG_2PI = math.log(2.0 * math.pi)
 # Without it a TPU multiplies float32 matrices in bfloat16, which is coarser than the ridge.
 _EXACT = jax.lax.Precision.HIGHEST
@@ -29,7 +31,7 @@ SCALES = ("unit", "unit_sqrt_d")
 
 
 def gaussian_surprisal(
-    features: Float[ArrayLike, "*p k d"], bandwidth: Float[ArrayLike, ""]
+    features: Float[ArrayLike, "*p k d"], bandwidth: Scalar
 ) -> Float[Array, "*p k"]:
     """Surprisal under an isotropic Gaussian around the group's mean.
 
@@ -56,7 +58,7 @@ def gaussian_surprisal(
 
 
 def logdet_surprisal(
-    features: Float[ArrayLike, "*p k d"], eps: Float[ArrayLike, ""] = 1e-4
+    features: Float[ArrayLike, "*p k d"], eps: Scalar = 1e-4
 ) -> Float[Array, "*p k"]:
     """Surprisal under a Gaussian of full covariance, credited by leaving each image out.
 

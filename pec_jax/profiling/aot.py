@@ -166,7 +166,7 @@ def _arguments(
     state = jax.eval_shape(program.initial_state, params)
     shardings = sharding.state_shardings(state, axes, program.learner.optimizer, place)
     state = jax.tree.map(_placed, state, shardings)
-    whole = place((), ())
+    whole: Any = place((), ())
     groups = sharding.over_groups(whole.mesh)
     conditioning = jax.tree.map(
         lambda a: _shape((config.batch.groups, *a.shape), groups, a.dtype),

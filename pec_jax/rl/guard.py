@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pec_jax.rl.losses import clipped_surrogate
+from pec_jax.types import Scalar
 
 
 def normalised_log_ratio(
@@ -77,9 +78,9 @@ def step_weight(
 def guarded_surrogate(
     log_ratio: Float[ArrayLike, "..."],
     advantages: Float[ArrayLike, "..."],
-    weight: Float[ArrayLike, "..."],
-    clip_low: Float[ArrayLike, ""],
-    clip_high: Float[ArrayLike, ""],
+    weight: Float[Array, "..."],
+    clip_low: Scalar,
+    clip_high: Scalar,
 ) -> Float[Array, "..."]:
     """Guard's loss of each sample: w max(-A r, -A clip(r, 1 - e_low, 1 + e_high)).
 

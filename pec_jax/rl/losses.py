@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from pec_jax.types import Scalar
+
 
 def policy_loss(
     logp: Float[ArrayLike, "..."],
     logp_old: Float[ArrayLike, "..."],
     advantages: Float[ArrayLike, "..."],
-    clip_low: Float[ArrayLike, ""],
-    clip_high: Float[ArrayLike, ""],
+    clip_low: Scalar,
+    clip_high: Scalar,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """PPO's clipped surrogate, averaged over all samples.
 
@@ -40,8 +42,8 @@ def clipped_surrogate(
     logp: Float[ArrayLike, "..."],
     logp_old: Float[ArrayLike, "..."],
     advantages: Float[ArrayLike, "..."],
-    clip_low: Float[ArrayLike, ""],
-    clip_high: Float[ArrayLike, ""],
+    clip_low: Scalar,
+    clip_high: Scalar,
 ) -> Float[Array, "..."]:
     """The loss of each sample in `policy_loss`.
 
@@ -63,8 +65,8 @@ def clipped_surrogate(
 def ratio_metrics(
     logp: Float[ArrayLike, "..."],
     logp_old: Float[ArrayLike, "..."],
-    clip_low: Float[ArrayLike, ""],
-    clip_high: Float[ArrayLike, ""],
+    clip_low: Scalar,
+    clip_high: Scalar,
 ) -> dict[str, Float[Array, ""]]:
     """What the importance ratios r look like.
 

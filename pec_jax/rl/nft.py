@@ -19,9 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key, Real
+from jaxtyping import Array, Float, Int, Key
 
-from pec_jax.types import PyTree
+from pec_jax.types import PyTree, Scalar
 
 # Lower bound of the mean |x_0 error| that a regression loss is divided by; in units of latents.
 ERROR_FLOOR = 1e-5
@@ -50,7 +50,7 @@ DECAYS: dict[str, Decay] = {
 }
 
 
-def optimality(advantages: Float[ArrayLike, "*n"], clip: Real[ArrayLike, ""]) -> Float[Array, "*n"]:
+def optimality(advantages: Float[ArrayLike, "*n"], clip: Scalar) -> Float[Array, "*n"]:
     """How probable it is that an image is a good one: r = 1/2 + clip(A, -c, c) / (2 c).
 
     Args:
@@ -86,7 +86,7 @@ def forward_process(
 def implicit_velocities(
     velocity: Float[ArrayLike, "n ..."],
     velocity_old: Float[ArrayLike, "n ..."],
-    beta: Real[ArrayLike, ""],
+    beta: Scalar,
 ) -> tuple[Float[Array, "n ..."], Float[Array, "n ..."]]:
     """The positive and the negative policy: v_old + beta (v - v_old), v_old - beta (v - v_old).
 
@@ -132,8 +132,8 @@ def losses(
     sigma: Float[ArrayLike, "..."],
     r: Float[ArrayLike, " n"],
     *,
-    beta: Real[ArrayLike, ""],
-    clip: Real[ArrayLike, ""],
+    beta: Scalar,
+    clip: Scalar,
 ) -> Float[Array, " n"]:
     """DiffusionNFT's loss of each sample: (c / beta) (r L_plus + (1 - r) L_minus).
 
@@ -226,7 +226,7 @@ def old_policy_decay(schedule: str, updates: Int[ArrayLike, ""]) -> Float[Array,
     return jnp.clip((jnp.asarray(updates, jnp.float32) - flat) * rate, 0.0, maximum)
 
 
-def follow(old: PyTree, params: PyTree, decay: Float[ArrayLike, ""]) -> PyTree:
+def follow(old: PyTree, params: PyTree, decay: Scalar) -> PyTree:
     """The old policy after an iteration: decay old + (1 - decay) params.
 
     Args:

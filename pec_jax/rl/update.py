@@ -136,7 +136,8 @@ def update(
     }
     step = state.step + 1
     remembered = learner.objective.next_state(state.objective, state.params, step * num_updates)
-    return state.replace(step=step, constraints=states, objective=remembered), metrics
+    state = dataclasses.replace(state, step=step, constraints=states, objective=remembered)
+    return state, metrics
 
 
 def _whole_batch(scene: _Scene, samples: Samples, rollout: Rollout, key: Array) -> _Whole:
@@ -332,7 +333,8 @@ def _apply(learner: Learner, state: TrainState, grads: PyTree, finite: Array) ->
     def keep_old(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-    return state.replace(
+    return dataclasses.replace(
+        state,
         params=keep_old(params, state.params),
         ema=keep_old(ema, state.ema),
         opt_state=keep_old(opt_state, state.opt_state),

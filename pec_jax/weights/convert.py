@@ -185,8 +185,9 @@ def from_torch(
             array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
         if sharding is not None:
             where = sharding(leaf.logical, array.shape) if callable(sharding) else sharding
-            array = put_array(array, where)
-        flat[leaf.path] = array
+            flat[leaf.path] = put_array(array, where)
+        else:
+            flat[leaf.path] = array
     return traverse_util.unflatten_dict(flat)
 
 
