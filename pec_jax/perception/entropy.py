@@ -270,7 +270,7 @@ def _centred(x: Array, axis: int = -2) -> Array:
     return x - jnp.mean(x, axis=axis, keepdims=True)
 
 
-def _checked(features: Array) -> Array:
+def _checked(features: ArrayLike) -> Array:
     features = jnp.asarray(features, jnp.float32)
     if features.ndim < 2 or features.shape[-2] < 2:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
 from jaxtyping import Array, Float, Real
 
 STD_SCOPES = ("group", "global")
@@ -19,7 +19,9 @@ class GroupStatistics(NamedTuple):
     std: Float[Array, "... p_or_1 1"]  # of each group, or of the whole batch
 
 
-def group_statistics(rewards: Real[ArrayLike, "... p k"], std: str = "group") -> GroupStatistics:
+def group_statistics(
+    rewards: Real[Array | np.ndarray, "... p k"], std: str = "group"
+) -> GroupStatistics:
     """Mean of each group, and the population std of each group or of the whole batch.
 
     Args:
@@ -49,7 +51,7 @@ def group_statistics(rewards: Real[ArrayLike, "... p k"], std: str = "group") ->
 
 
 def advantages(
-    rewards: Real[ArrayLike, "... p k"],
+    rewards: Real[Array | np.ndarray, "... p k"],
     statistics: GroupStatistics,
     *,
     eps: float = 1e-4,
@@ -75,7 +77,7 @@ def advantages(
 
 
 def group_advantages(
-    rewards: Real[ArrayLike, "... p k"],
+    rewards: Real[Array | np.ndarray, "... p k"],
     *,
     std: str = "group",
     eps: float = 1e-4,

@@ -76,8 +76,8 @@ def step_weight(
 
 
 def guarded_surrogate(
-    log_ratio: Float[ArrayLike, "..."],
-    advantages: Float[ArrayLike, "..."],
+    log_ratio: Float[Array, "..."],
+    advantages: Float[Array, "..."],
     weight: Float[Array, "..."],
     clip_low: Scalar,
     clip_high: Scalar,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pec_jax.types import Scalar
 
 
 def policy_loss(
-    logp: Float[ArrayLike, "..."],
-    logp_old: Float[ArrayLike, "..."],
-    advantages: Float[ArrayLike, "..."],
+    logp: Float[Array, "..."],
+    logp_old: Float[Array, "..."] | float,
+    advantages: Float[Array, "..."] | float,
     clip_low: Scalar,
     clip_high: Scalar,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -39,9 +38,9 @@ def policy_loss(
 
 
 def clipped_surrogate(
-    logp: Float[ArrayLike, "..."],
-    logp_old: Float[ArrayLike, "..."],
-    advantages: Float[ArrayLike, "..."],
+    logp: Float[Array, "..."],
+    logp_old: Float[Array, "..."] | float,
+    advantages: Float[Array, "..."] | float,
     clip_low: Scalar,
     clip_high: Scalar,
 ) -> Float[Array, "..."]:
@@ -63,8 +62,8 @@ def clipped_surrogate(
 
 
 def ratio_metrics(
-    logp: Float[ArrayLike, "..."],
-    logp_old: Float[ArrayLike, "..."],
+    logp: Float[Array, "..."],
+    logp_old: Float[Array, "..."] | float,
     clip_low: Scalar,
     clip_high: Scalar,
 ) -> dict[str, Float[Array, ""]]:

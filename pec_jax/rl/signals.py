@@ -78,7 +78,7 @@ def whole_groups(rewards: PerSample, surprisal: PerSample, logp: PerSample | Non
     return Groups(
         reward_std=jnp.std(jax.lax.stop_gradient(rewards), axis=-1, keepdims=True),
         surprisal_mean=mean(surprisal),
-        logp_mean=None if logp is None else mean(logp),
+        logp_mean=_LATER if logp is None else mean(logp),
     )
 
 

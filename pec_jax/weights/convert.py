@@ -176,7 +176,7 @@ def from_torch(
     for leaf, expected in plan:  # all shapes before any memory is taken
         for name in leaf.names:
             _check_shape(tensors, name, leaf.torch_shape(expected.shape))
-    flat = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for leaf, expected in plan:
         target = _kept_in(expected, dtype)
         array = _aligned(expected.shape, target)
