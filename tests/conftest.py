@@ -1,14 +1,18 @@
-"""Fixtures that several tests share: a small config on the embedded model, and its world."""
+"""Fixtures that several tests share: a small config on the embedded model, and what it builds."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
+import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from beartype import BeartypeConf, beartype
@@ -94,6 +98,25 @@ def _take_a_share_of_the_cores():
 
 
 _take_a_share_of_the_cores()  # before jax counts them
+
+
+def on_eight_devices(function: Callable[[], Any]) -> Any:
+    """What a function of a test module returns, as JSON, in a process that has 8 CPU devices."""
+    path = Path(function.__code__.co_filename).relative_to(ROOT).with_suffix("")
+    module = ".".join(path.parts)
+    code = f"import json, {module} as m; print(json.dumps(m.{function.__name__}()))"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ from pec_jax.data.embedding_store import PART, EmbeddingStore
 from pec_jax.errors import FileError
 from pec_jax.families.locate import SHAPES_DIRECTORY, prompt_file
 from pec_jax.families.pipeline import load_pipeline
-from pec_jax.training.build import make_world
+from pec_jax.training.build import build
 from pec_jax.weights.tensors import WeightsError
 
 SETS = ("shapes/train_open", "shapes/heldout_open")
@@ -40,11 +40,11 @@ def test_rows_are_what_the_encoders_give(stored):
 
 
 def test_a_run_reads_them_instead_of_encoding(stored, small_config):
-    encoded = make_world(from_config_dict(small_config))
+    encoded = build(from_config_dict(small_config))
     small_config.prompts.embeddings = str(stored)
-    read = make_world(from_config_dict(small_config))
+    read = build(from_config_dict(small_config))
     ids = np.array([3, 0])
-    a, b = encoded.train.gather(ids), read.train.gather(ids)
+    a, b = (e.tables["train"].gather(ids) for e in (encoded, read))
     np.testing.assert_allclose(a.conditioning.tokens, b.conditioning.tokens, atol=1e-5)
     np.testing.assert_allclose(
         encoded.frozen.negative.pooled, read.frozen.negative.pooled, atol=1e-5
@@ -79,13 +79,13 @@ class TestClearErrors:
         small_config.prompts.embeddings = str(stored)
         small_config.prompts.samples = ("a house",)
         with pytest.raises(WeightsError, match=r"1 prompts are not embedded.*'a house'"):
-            make_world(from_config_dict(small_config))
+            build(from_config_dict(small_config))
 
     def test_other_text_encoders(self, stored, small_config):
         small_config.prompts.embeddings = str(stored)
         small_config.model.t5_length = 9
         with pytest.raises(WeightsError, match="other text encoders"):
-            make_world(from_config_dict(small_config))
+            build(from_config_dict(small_config))
 
     def test_a_directory_of_other_prompts(self, stored):
         with pytest.raises(WeightsError, match="choose another --out"):

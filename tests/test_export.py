@@ -16,11 +16,10 @@ import torch
 from pec_jax.config.schema import from_config_dict, to_dict
 from pec_jax.errors import FileError, RunError
 from pec_jax.families.locate import SHAPES_DIRECTORY
-from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
 from pec_jax.io import write_json
-from pec_jax.training.build import make_optimizer, trainable_params
+from pec_jax.training.build import build
 from pec_jax.training.checkpoint import Checkpointer
 from pec_jax.training.trainer import train
 from pec_jax.weights.tensors import WeightsError, read_file
@@ -57,17 +56,14 @@ def full_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("full")
     config = small_config_dict()
     config.trainable.mode = "full"
-    config = from_config_dict(config)
-    write_json(directory / "config.json", to_dict(config))
+    experiment = build(from_config_dict(config))
+    write_json(directory / "config.json", to_dict(experiment.config))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda a: a * (1 + 0.05 * rng.normal(size=a.shape).astype(np.float32)),
-        trainable_params(
-            config, load_pipeline(SHAPES_DIRECTORY, text=False).transformer_variables["params"]
-        ),
+        lambda a: a * (1 + 0.05 * rng.normal(size=a.shape).astype(np.float32)), experiment.params
     )
     checkpointer = Checkpointer(directory / "checkpoints", keep=None)
-    checkpointer.save(initial_state(params, make_optimizer(config), 0.0))
+    checkpointer.save(experiment.program.initial_state(params))
     checkpointer.close()
     return directory
 

@@ -77,7 +77,8 @@ class Networks:
         from pec_jax.families.text import load_variables
         from pec_jax.weights.convert import boxed_variables, placed_shapes
 
-        key = str(directory)
+        # Not the directory alone: an encoder of it may be loaded as well, and is another network.
+        key = f"{directory}#{type(module).__name__}"
         if key in self.variables:
             return key
         if self.weights:

@@ -16,7 +16,8 @@ from pec_jax.families import registry
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.families.tiny import write_pipeline
 from pec_jax.flow.likelihood import output_log_prob
-from pec_jax.flow.sampler import sample, sample_ode, step_log_prob
+from pec_jax.flow.sampler import FlowSampler
+from pec_jax.types import Transition
 from tests.conftest import small_config_dict
 from tests.families.film import Film
 
@@ -42,25 +43,24 @@ def pipeline(root):
     return load_pipeline(root)
 
 
+def bound(pipeline, guidance, negative, text):
+    """The guided velocity with the base model's weights and some prompts in place."""
+    model = pipeline.guide(guidance, negative)
+    return lambda x_t, sigma: model(pipeline.transformer_variables, x_t, sigma, text)
+
+
+def sampler_of(pipeline, **options):
+    return FlowSampler(pipeline.sigmas(STEPS, pipeline.latent_shape()), **options)
+
+
 @pytest.fixture(scope="module")
 def drawn(pipeline):
-    """(text of two images of each of two prompts, negative text, start, guided path)."""
+    """(text of two images of each of two prompts, negative text, start)."""
     encoded = pipeline.text.encode(PROMPTS)
     text = repeat_groups(jax.tree.map(lambda a: a[:2], encoded), 2)
     negative = jax.tree.map(lambda a: a[2:], encoded)
     x_1 = jax.random.normal(jax.random.key(0), (4, *pipeline.latent_shape()))
-    path = sample(
-        pipeline.guide(pipeline.default_guidance, negative),
-        pipeline.transformer_variables,
-        x_1,
-        text,
-        sigmas=pipeline.sigmas(STEPS, pipeline.latent_shape()),
-        kernel="flow_sde",
-        noise_level=0.7,
-        stochastic=(True, True, False),
-        key=jax.random.key(1),
-    )
-    return text, negative, x_1, path
+    return text, negative, x_1
 
 
 def test_what_the_directory_says(pipeline):
@@ -84,7 +84,7 @@ def test_the_text_has_a_mask_and_no_pooled_vector(pipeline):
 
 
 def test_padding_is_not_read(pipeline, drawn):
-    text, negative, x_1, _ = drawn
+    text, negative, x_1 = drawn
     noise = jnp.where(text.mask[..., None], 0.0, 7.0)
     velocity = pipeline.guide(5.0, negative)
     found, same = (
@@ -98,7 +98,7 @@ def test_padding_is_not_read(pipeline, drawn):
 
 
 def test_guidance_is_classifier_free(pipeline, drawn):
-    text, negative, x_1, _ = drawn
+    text, negative, x_1 = drawn
     whole = jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), 4, 0), negative)
     variables, sigma = pipeline.transformer_variables, jnp.float32(0.7)
     v_pos, v_neg = (pipeline.velocity(variables, x_1, sigma, t) for t in (text, whole))
@@ -108,40 +108,26 @@ def test_guidance_is_classifier_free(pipeline, drawn):
 
 
 def test_a_step_is_scored_as_it_was_taken(pipeline, drawn):
-    text, negative, _, path = drawn
+    text, negative, x_1 = drawn
+    velocity = bound(pipeline, pipeline.default_guidance, negative, text)
+    sampler = sampler_of(
+        pipeline, kernel="flow_sde", noise_level=0.7, stochastic=(True, True, False)
+    )
+    path = sampler.sample(velocity, x_1, jax.random.key(1))
     assert path.x_0.shape == (4, 3, 8, 8, 4) and path.logp.shape == (STEPS, 4)
-    sigmas = pipeline.sigmas(STEPS, pipeline.latent_shape())
-    for t in range(STEPS - 1):
-        logp, mean, _ = step_log_prob(
-            pipeline.guide(pipeline.default_guidance, negative),
-            pipeline.transformer_variables,
-            path.x_t[t],
-            path.x_next[t],
-            sigmas[t],
-            sigmas[t + 1],
-            text,
-            kernel="flow_sde",
-            noise_level=0.7,
-            sigma_max=sigmas[1],
-        )
+    for t in sampler.trained_steps:
+        taken = Transition(path.x_t[t], path.x_next[t], sampler.sigmas[t], sampler.sigmas[t + 1])
+        logp, mean, _ = sampler.log_prob(velocity, taken)
         assert mean.shape == path.x_t[t].shape
         np.testing.assert_allclose(logp, path.logp[t], atol=1e-5)
 
 
 def test_likelihood_and_images(pipeline, drawn):
-    text, negative, x_1, _ = drawn
-    velocity = pipeline.guide(1.0, negative)
-    sigmas = pipeline.sigmas(STEPS, pipeline.latent_shape())
-    logp, x_0 = output_log_prob(
-        velocity,
-        pipeline.transformer_variables,
-        x_1,
-        text,
-        sigmas=sigmas,
-        key=jax.random.key(2),
-    )
+    text, negative, x_1 = drawn
+    velocity, sampler = bound(pipeline, 1.0, negative, text), sampler_of(pipeline)
+    logp, x_0 = output_log_prob(velocity, x_1, sigmas=sampler.sigmas, key=jax.random.key(2))
     assert logp.shape == (4,) and np.isfinite(logp).all() and x_0.shape == x_1.shape
-    latents = sample_ode(velocity, pipeline.transformer_variables, x_1, text, sigmas=sigmas)
+    latents = sampler.final(velocity, x_1, None)
     images = pipeline.decode(pipeline.vae_variables, latents)
     assert images.shape == (4, 32, 32, 3) and 0 <= images.min() <= images.max() <= 1
 

@@ -26,8 +26,8 @@ def family_config(root):
     config.model.update({"path": str(root), "height": 32, "width": 32})
     config.sampler.guidance = GUIDANCE
     config.perception.update({"k": 1})
-    config.constraint.update({"name": "pec", "weight": 1.0, "unit": "reward_std"})
-    config.grpo.minibatches = 2
+    config.constraints.pec.update({"weight": 1.0, "unit": "reward_std"})
+    config.updates.minibatches = 2
     # Large steps: what two iterations learn must show in an image.
     config.optimizer.learning_rate = 0.02
     config.eval.guidance = GUIDANCE
@@ -56,7 +56,7 @@ def test_reward_entropy_and_update_are_there(run):
     for step in steps:
         assert np.isfinite([step["reward/mean"], step["entropy/perceptual"]]).all()
         assert step["policy/grad_norm"] > 0 and step["policy/ratio_max_deviation"] == 0
-        assert step["diversity/variance_perceptual"] > 0
+        assert step["diversity/variance_perceptual"] > 0 and step["constraint/pec/weight"] == 1
     result = json.loads((directory / "eval.json").read_text())
     assert result["quality/pickscore"] != result["base/quality/pickscore"]
 

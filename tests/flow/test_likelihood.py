@@ -15,7 +15,7 @@ MEAN = jnp.linspace(-1.0, 1.0, 8)
 def gaussian_field(std):
     """v of x_t = (1 - sigma) x_0 + sigma eps with x_0 ~ N(MEAN, diag std^2)."""
 
-    def velocity(params, x_t, sigma, conditioning):
+    def velocity(x_t, sigma):
         keep = 1.0 - sigma
         slope = (sigma - keep * std**2) / (keep**2 * std**2 + sigma**2)
         return slope * (x_t - keep * MEAN) - MEAN
@@ -30,9 +30,7 @@ def entropy(velocity, steps, count=2048, num_probes=1):
     def run(x_1):
         return output_log_prob(
             velocity,
-            None,
             x_1,
-            None,
             sigmas=np.linspace(1.0, 0.0, steps + 1),
             key=jax.random.key(1),
             num_probes=num_probes,
@@ -102,10 +100,8 @@ def test_a_field_that_narrows_lowers_the_entropy():
     """The sign: with v = x the ODE shrinks from sigma 1 to 0 by e, one nat a dimension."""
     x_1 = jax.random.normal(jax.random.key(0), (256, 8))
     log_prob, _ = output_log_prob(
-        lambda params, x, sigma, c: x,
-        None,
+        lambda x, sigma: x,
         x_1,
-        None,
         sigmas=np.linspace(1.0, 0.0, 101),
         key=jax.random.key(1),
     )
@@ -118,10 +114,8 @@ def test_probes_are_exact_on_the_diagonal_and_unbiased_beside_it():
 
     def divergence(probes, matrix, seed):
         log_prob, _ = output_log_prob(
-            lambda params, x, sigma, c: x @ jnp.asarray(matrix, jnp.float32),
-            None,
+            lambda x, sigma: x @ jnp.asarray(matrix, jnp.float32),
             jnp.zeros((512, 8)),
-            None,
             sigmas=np.array([1.0, 0.0]),
             key=jax.random.key(seed),
             num_probes=probes,
@@ -155,10 +149,8 @@ def test_the_error_covers_the_noise_of_the_probes():
     errors = []
     for probes in (1, 16):
         log_prob, _ = output_log_prob(
-            lambda params, x, sigma, c: x @ field,
-            None,
+            lambda x, sigma: x @ field,
             jnp.zeros((512, 8)),
-            None,
             sigmas=np.array([1.0, 0.5, 0.0]),
             key=jax.random.key(2),
             num_probes=probes,
@@ -174,6 +166,6 @@ def test_the_error_covers_the_noise_of_the_probes():
 def test_no_probe_is_refused():
     with pytest.raises(ValueError, match="at least one probe"):
         output_log_prob(
-            lambda *a: a[1], None, jnp.zeros((2, 3)), None,
+            lambda x, sigma: x, jnp.zeros((2, 3)),
             sigmas=np.array([1.0, 0.0]), key=jax.random.key(0), num_probes=0,
         )  # fmt: skip

@@ -11,9 +11,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from pec_jax.flow import sampler, transition
+from pec_jax.flow import transition
+from pec_jax.flow.sampler import FlowSampler, guided
 from pec_jax.flow.schedule import sd3_sigmas, stochastic_steps
-from pec_jax.types import Conditioning
+from pec_jax.types import Conditioning, Transition
 
 N, SHAPE, T = 4, (4, 4, 2), 10
 SIGMAS = sd3_sigmas(T)
@@ -27,7 +28,7 @@ def _conditioning(n=N, seed=0):
     )
 
 
-def _velocity(params, x_t, sigma, conditioning):
+def _model(params, x_t, sigma, conditioning):
     """A little network: depends on every argument, and mixes the dimensions of an image."""
     sigma = jnp.broadcast_to(sigma, x_t.shape[:1])[:, None, None, None]
     text = conditioning.pooled.mean(-1) + conditioning.tokens.sum((-1, -2))
@@ -40,35 +41,35 @@ PARAMS = {
 }
 
 
+def _velocity(x_t, sigma, params=PARAMS):
+    """The network with its weights and prompts in place."""
+    return _model(params, x_t, sigma, _conditioning())
+
+
 def _noise(n=N, seed=1):
     return jax.random.normal(jax.random.key(seed), (n, *SHAPE))
 
 
+def _sampler(kernel="flow_sde", stochastic=None, noise_level=0.7, dtype=jnp.float32):
+    stochastic = stochastic_steps(T) if stochastic is None else stochastic
+    return FlowSampler(SIGMAS, kernel, noise_level, stochastic, dtype)
+
+
 @functools.cache
-def _sample(kernel="flow_sde", key=0, stochastic=None, noise_level=0.7, dtype=jnp.float32):
+def _sample(key=0, **options):
     """A path through the compiled sampler."""
-    return jax.jit(lambda: _path(kernel, key, stochastic, noise_level, dtype))()
-
-
-def _path(kernel, key, stochastic, noise_level, dtype):
-    return sampler.sample(
-        _velocity,
-        PARAMS,
-        _noise(),
-        _conditioning(),
-        sigmas=SIGMAS,
-        kernel=kernel,
-        noise_level=noise_level,
-        stochastic=stochastic_steps(T) if stochastic is None else stochastic,
-        key=jax.random.key(key),
-        storage_dtype=dtype,
-    )
+    sampler = _sampler(**options)
+    return jax.jit(lambda: sampler.sample(_velocity, _noise(), jax.random.key(key)))()
 
 
 @functools.cache
 def _sample_ode():
-    ode = functools.partial(sampler.sample_ode, _velocity, sigmas=SIGMAS)
-    return jax.jit(ode)(PARAMS, _noise(), _conditioning())
+    return jax.jit(lambda: FlowSampler(SIGMAS).final(_velocity, _noise(), None))()
+
+
+def _taken(path, step):
+    """One step of all images, as the update reads it back."""
+    return Transition(path.x_t[step], path.x_next[step], SIGMAS[step], SIGMAS[step + 1])
 
 
 def test_trajectory_is_one_path():
@@ -84,30 +85,15 @@ def test_trajectory_is_one_path():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_scoring_a_stored_step_gives_its_ratio_one(kernel, dtype):
     """Both inside one jit each, as rollout and update are."""
-    path = _sample(kernel, dtype=dtype)
+    path = _sample(kernel=kernel, dtype=dtype)
     assert path.x_t.dtype == path.x_next.dtype == dtype
     assert path.logp.dtype == path.x_0.dtype == jnp.float32
+    sampler = _sampler(kernel, dtype=dtype)
 
     @jax.jit
     def rescore(path):
-        def score(_, x):
-            x_t, x_next, sigma, sigma_next = x
-            logp, _, _ = sampler.step_log_prob(
-                _velocity,
-                PARAMS,
-                x_t,
-                x_next,
-                sigma,
-                sigma_next,
-                _conditioning(),
-                kernel=kernel,
-                noise_level=0.7,
-                sigma_max=SIGMAS[1],
-            )
-            return None, logp
-
-        xs = (path.x_t, path.x_next, jnp.asarray(SIGMAS[:-1]), jnp.asarray(SIGMAS[1:]))
-        return jax.lax.scan(score, None, xs)[1]
+        taken = Transition(path.x_t, path.x_next, jnp.asarray(SIGMAS[:-1]), jnp.asarray(SIGMAS[1:]))
+        return jax.lax.map(lambda step: sampler.log_prob(_velocity, step).logp, taken)
 
     logp = rescore(path)
     assert float(jnp.abs(path.logp[: T - 1]).min()) > 0
@@ -121,7 +107,7 @@ def test_log_prob_is_of_the_rounded_state():
     step = T - 2
     mean, std = transition.flow_sde(
         path.x_t[step],
-        _velocity(PARAMS, path.x_t[step], SIGMAS[step], _conditioning()),
+        _velocity(path.x_t[step], SIGMAS[step]),
         SIGMAS[step],
         SIGMAS[step + 1],
         noise_level=0.7,
@@ -134,43 +120,22 @@ def test_log_prob_is_of_the_rounded_state():
     assert float(jnp.abs(unrounded - rounded).max()) > 1e-4
 
 
-def test_step_log_prob_takes_a_sigma_per_image():
+def test_log_prob_takes_a_sigma_per_image():
     path = _sample()
-    steps = np.array([0, 2, 5, 8])
-    batch = np.arange(N)
-    logp, mean, std = sampler.step_log_prob(
-        _velocity,
-        PARAMS,
-        path.x_t[steps, batch],
-        path.x_next[steps, batch],
-        SIGMAS[steps],
-        SIGMAS[steps + 1],
-        _conditioning(),
-        kernel="flow_sde",
-        noise_level=0.7,
-        sigma_max=SIGMAS[1],
-    )
+    steps, batch = np.array([0, 2, 5, 8]), np.arange(N)
+    states = path.x_t[steps, batch], path.x_next[steps, batch]
+    taken = Transition(*states, SIGMAS[steps], SIGMAS[steps + 1])
+    logp, mean, std = _sampler().log_prob(_velocity, taken)
     np.testing.assert_allclose(logp, path.logp[steps, batch], atol=1e-5)
     assert mean.shape == (N, *SHAPE) and std.shape == (N, 1, 1, 1)
 
 
-def test_step_log_prob_has_the_gradient_of_the_density():
-    path = _sample()
-    step = 4
+def test_log_prob_has_the_gradient_of_the_density():
+    taken = _taken(_sample(), 4)
 
     def logp(params):
-        return sampler.step_log_prob(
-            _velocity,
-            params,
-            path.x_t[step],
-            path.x_next[step],
-            SIGMAS[step],
-            SIGMAS[step + 1],
-            _conditioning(),
-            kernel="flow_sde",
-            noise_level=0.7,
-            sigma_max=SIGMAS[1],
-        )[0].sum()
+        velocity = functools.partial(_velocity, params=params)
+        return _sampler().log_prob(velocity, taken).logp.sum()
 
     logp = jax.jit(logp)
     gradient = jax.jit(jax.grad(logp))(PARAMS)["b"][0]
@@ -184,20 +149,12 @@ def test_step_log_prob_has_the_gradient_of_the_density():
 def test_a_sampled_step_has_the_kernels_mean_and_std(kernel):
     many = 4000
     x_1 = jnp.broadcast_to(_noise(1), (many, *SHAPE))
-    conditioning = jax.tree.map(lambda a: jnp.repeat(a, many, 0), _conditioning(1))
-    one_step = functools.partial(
-        sampler.sample,
-        _velocity,
-        sigmas=SIGMAS[:2],
-        kernel=kernel,
-        noise_level=0.7,
-        stochastic=(True,),
-        key=jax.random.key(3),
-    )
-    path = jax.jit(one_step)(PARAMS, x_1, conditioning)
-    velocity = _velocity(PARAMS, x_1[:1], 1.0, _conditioning(1))
+    conditioning = _conditioning(1)  # broadcasts over the images
+    velocity = functools.partial(_model, PARAMS, conditioning=conditioning)
+    sampler = FlowSampler(SIGMAS[:2], kernel, 0.7, (True,))
+    path = jax.jit(lambda: sampler.sample(velocity, x_1, jax.random.key(3)))()
     mean, std = transition.get_kernel(kernel)(
-        x_1[:1], velocity, 1.0, SIGMAS[1], noise_level=0.7, sigma_max=SIGMAS[1]
+        x_1[:1], velocity(x_1[:1], 1.0), 1.0, SIGMAS[1], noise_level=0.7, sigma_max=SIGMAS[1]
     )
     samples = np.asarray(path.x_0, np.float64)
     error = 5 * float(std) / np.sqrt(many)
@@ -223,13 +180,13 @@ def test_ode_steps_have_no_density_and_no_noise():
 def test_zero_noise_is_the_ode(kernel):
     # Step by step it is so to the last bit (test_transition); two compiled programs may round
     # their sums in another order.
-    path = _sample(kernel, noise_level=0.0)
+    path = _sample(kernel=kernel, noise_level=0.0)
     np.testing.assert_allclose(path.x_0, _sample_ode(), atol=1e-6)
     np.testing.assert_array_equal(path.logp, 0.0)
 
 
 def test_cps_last_step_has_no_noise_and_a_finite_score():
-    path = _sample("cps", stochastic=(True,) * T)
+    path = _sample(kernel="cps", stochastic=(True,) * T)
     assert np.all(np.isfinite(path.logp))
     np.testing.assert_array_equal(path.logp[-1], 0.0)
 
@@ -239,52 +196,38 @@ def test_ode_is_diffusers_euler_sampler():
     scheduler.set_timesteps(T)
     x = torch.tensor(np.asarray(_noise()))
     for timestep in scheduler.timesteps:
-        velocity = _velocity(
-            PARAMS, jnp.asarray(x.numpy()), float(timestep) / 1000, _conditioning()
-        )
+        velocity = _velocity(jnp.asarray(x.numpy()), float(timestep) / 1000)
         x = scheduler.step(torch.tensor(np.asarray(velocity)), timestep, x).prev_sample
     np.testing.assert_allclose(_sample_ode(), x.numpy(), atol=5e-6)
 
 
-def test_sample_final_is_the_end_of_the_trajectory():
-    x_0 = sampler.sample_final(
-        _velocity,
-        PARAMS,
-        _noise(),
-        _conditioning(),
-        sigmas=SIGMAS,
-        kernel="flow_sde",
-        noise_level=0.7,
-        stochastic=stochastic_steps(T),
-        key=jax.random.key(0),
-    )
+def test_final_is_the_end_of_the_trajectory():
+    x_0 = _sampler().final(_velocity, _noise(), jax.random.key(0))
     np.testing.assert_allclose(x_0, _sample().x_0, atol=1e-6)
+
+
+def test_trained_steps_and_their_std():
+    """They are what the schedule says, and what `log_prob` gives."""
+    sampler = _sampler(stochastic=stochastic_steps(T, (2, 4)))
+    assert (sampler.num_steps, list(sampler.trained_steps)) == (T, [2, 3])
+    path = _sample(stochastic=stochastic_steps(T, (2, 4)))
+    for step, std in zip(sampler.trained_steps, sampler.step_std(), strict=True):
+        found = sampler.log_prob(_velocity, _taken(path, step)).std
+        np.testing.assert_allclose(found, std, rtol=1e-6)
+    ode = FlowSampler(SIGMAS)
+    assert len(ode.trained_steps) == len(ode.step_std()) == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_predictions_are_kept_where_asked_for(dtype):
     """x_0_hat = x_t - sigma v, float32, of the state as it is stored."""
-
-    def path(keep):
-        return sampler.sample(
-            _velocity,
-            PARAMS,
-            _noise(),
-            _conditioning(),
-            sigmas=SIGMAS,
-            kernel="flow_sde",
-            noise_level=0.7,
-            stochastic=stochastic_steps(T),
-            key=jax.random.key(0),
-            storage_dtype=dtype,
-            keep_predictions=keep,
-        )
-
-    kept, plain = jax.jit(path, static_argnums=0)(True), _sample(dtype=dtype)
+    sample = functools.partial(_sampler(dtype=dtype).sample, keep_predictions=True)
+    kept = jax.jit(lambda: sample(_velocity, _noise(), jax.random.key(0)))()
+    plain = _sample(dtype=dtype)
     assert plain.x_0_hat is None
     assert kept.x_0_hat.shape == (T, N, *SHAPE) and kept.x_0_hat.dtype == jnp.float32
     for t in range(T):
-        velocity = _velocity(PARAMS, kept.x_t[t], SIGMAS[t], _conditioning())
+        velocity = _velocity(kept.x_t[t], SIGMAS[t])
         expected = kept.x_t[t].astype(jnp.float32) - SIGMAS[t] * velocity
         # Two compilations of one formula, on numbers of size 1.
         np.testing.assert_allclose(kept.x_0_hat[t], expected, atol=1e-5)
@@ -298,22 +241,14 @@ def test_predictions_are_kept_where_asked_for(dtype):
 
 def test_noise_is_a_function_of_the_key_and_independent_per_image_and_step():
     path, other = _sample(), _sample(key=1)
-    again = jax.jit(lambda: _path("flow_sde", 0, None, 0.7, jnp.float32))()
+    again = _sample.__wrapped__()
     np.testing.assert_array_equal(path.x_0, again.x_0)
     assert float(jnp.abs(path.x_0 - other.x_0).max()) > 0.1
 
     many = 64
-    no_velocity = functools.partial(
-        sampler.sample,
-        lambda params, x_t, sigma, conditioning: jnp.zeros_like(x_t),
-        None,
-        sigmas=SIGMAS,
-        kernel="cps",
-        noise_level=1.0,
-        stochastic=(True,) * T,
-        key=jax.random.key(0),
-    )
-    zero = jax.jit(no_velocity)(jnp.zeros((many, *SHAPE)), _conditioning(many))
+    sampler, x_1 = _sampler("cps", (True,) * T, noise_level=1.0), jnp.zeros((many, *SHAPE))
+    still = lambda x_t, sigma: jnp.zeros_like(x_t)  # noqa: E731
+    zero = jax.jit(lambda: sampler.sample(still, x_1, jax.random.key(0)))()
     zero = jax.tree.map(np.asarray, zero)
     # cps at noise level 1 forgets the old noise: x_next / sigma_next is the fresh draw, up to
     # the clean image it still sees, which is (1 - sigma_next) of the last state.
@@ -329,16 +264,16 @@ def test_guidance_is_extrapolation_from_the_negative():
 
     def counted(params, x_t, sigma, conditioning):
         calls.append(x_t.shape)
-        return _velocity(params, x_t, sigma, conditioning)
+        return _model(params, x_t, sigma, conditioning)
 
     x, positive, negative = _noise(), _conditioning(), _conditioning(1, seed=9)
     whole = jax.tree.map(lambda a: jnp.repeat(a, N, 0), negative)
     for sigma in (jnp.float32(0.4), jnp.asarray([0.1, 0.4, 0.7, 1.0])):
-        v_pos = _velocity(PARAMS, x, sigma, positive)
-        v_neg = _velocity(PARAMS, x, sigma, whole)
+        v_pos = _model(PARAMS, x, sigma, positive)
+        v_neg = _model(PARAMS, x, sigma, whole)
         for form in (negative, whole, jax.tree.map(lambda a: a[0], negative)):
             calls.clear()
-            v = sampler.guided(counted, 4.5, form)(PARAMS, x, sigma, positive)
+            v = guided(counted, 4.5, form)(PARAMS, x, sigma, positive)
             np.testing.assert_allclose(v, v_neg + 4.5 * (v_pos - v_neg), atol=1e-5)
             assert calls == [(2 * N, *SHAPE)]
 
@@ -356,7 +291,7 @@ def test_guidance_carries_the_fields_that_a_conditioning_has(absent):
         seen.append(conditioning)
         return x_t
 
-    sampler.guided(velocity, 2.0, negative)(None, _noise(), jnp.float32(0.5), positive)
+    guided(velocity, 2.0, negative)(None, _noise(), jnp.float32(0.5), positive)
     assert getattr(seen[0], absent) is None
     for name in ("tokens", *fields):
         given, doubled = getattr(positive, name), getattr(seen[0], name)
@@ -365,11 +300,16 @@ def test_guidance_carries_the_fields_that_a_conditioning_has(absent):
 
 
 def test_guidance_of_one_is_the_model_itself():
-    assert sampler.guided(_velocity, 1.0, None) is _velocity
+    assert guided(_model, 1.0, None) is _model
     with pytest.raises(ValueError, match="negative"):
-        sampler.guided(_velocity, 4.5, None)
+        guided(_model, 4.5, None)
 
 
 def test_steps_and_sigmas_must_agree():
     with pytest.raises(ValueError, match="3 steps"):
-        _sample(stochastic=(True, True, False))
+        _sampler(stochastic=(True, True, False))
+
+
+def test_an_unknown_kernel_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'flow_sd'.*flow_sde"):
+        _sampler("flow_sd")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pec_jax.perception.encoders import load_encoder
+from pec_jax.perception.hugging_face import load_encoder
 from pec_jax.perception.published import ENCODERS
 from pec_jax.weights.published import find, write
 
@@ -20,8 +20,9 @@ from pec_jax.weights.published import find, write
     ],
 )
 def test_encoders(tmp_path, name, parameters):
-    params = load_encoder(write(ENCODERS[name], tmp_path), weights=False).params["params"]
-    sizes = [int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(params)]
+    _, variables = load_encoder(write(ENCODERS[name], tmp_path), weights=False)
+    leaves = jax.tree.leaves(variables["params"])
+    sizes = [int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves]
     assert sum(sizes) == parameters
 
 

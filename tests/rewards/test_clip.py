@@ -1,5 +1,11 @@
+"""CLIP score and PickScore against loops in float64."""
+
+from __future__ import annotations
+
 import dataclasses
+import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,43 +14,65 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pec_jax.config.registry import REWARDS
 from pec_jax.data.prompts import Prompt
-from pec_jax.perception.encoders import Encoder
-from pec_jax.rewards import clip, pickscore
-from pec_jax.rewards.base import combine
+from pec_jax.families.locate import SHAPES_DIRECTORY
+from pec_jax.perception.encoder import Encoder
+from pec_jax.perception.networks import Networks
+from pec_jax.rewards import ModelRewardOptions, clip
+from pec_jax.rewards.combined import make_rewards
+from pec_jax.weights.tensors import read_tensors, write_tensors
 
 WORDS = ["<pad>", "<unk>", "a", "red", "blue", "circle"]
 PROMPTS = [Prompt("a red circle"), Prompt("a blue circle")]
+IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 4, 4, 3), minval=-0.1, maxval=1.1)
 
 
-def small_encoder():
-    """An encoder of two towers, small enough to compute by hand below."""
+def word_tokenizer():
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=5
     )
-    rng = np.random.default_rng(0)
-    params = {
-        "embedding": jnp.asarray(rng.normal(size=(len(WORDS), 8)), jnp.float32),
-        "projection": jnp.asarray(rng.normal(size=(3, 8)), jnp.float32),
-        "log_scale": jnp.float32(1.5),
-    }
-    return Encoder(
-        name="small",
-        dim=8,
-        params=params,
-        image_features=lambda p, images: images.mean((1, 2)) @ p["projection"],
-        text_features=lambda p, ids: p["embedding"][ids].sum(1),
-        logit_scale=lambda p: jnp.exp(p["log_scale"]),
-        tokenizer=tokenizer,
-        text_length=5,
-    )
 
 
-def cosine_by_hand(encoder, images):
+# An encoder of two towers, small enough to compute by hand below.
+ENCODER = Encoder(
+    name="small",
+    network="small",
+    dim=8,
+    image_features=lambda v, images: images.mean((1, 2)) @ v["projection"],
+    text_features=lambda v, ids: v["embedding"][ids].sum(1),
+    logit_scale=lambda v: jnp.exp(v["log_scale"]),
+    tokenizer=word_tokenizer(),
+    text_length=5,
+)
+RNG = np.random.default_rng(0)
+VARIABLES = {
+    "embedding": jnp.asarray(RNG.normal(size=(len(WORDS), 8)), jnp.float32),
+    "projection": jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32),
+    "log_scale": jnp.float32(1.5),
+}
+
+
+class OneEncoder(Networks):
+    """Whose every encoder is the same."""
+
+    def __init__(self, encoder):
+        super().__init__(own=Path(), locate=Path)
+        object.__setattr__(self, "one", encoder)
+
+    def encoder(self, name, model):
+        return self.one
+
+
+def make(name, encoder=ENCODER):
+    return REWARDS[name].make(ModelRewardOptions(), OneEncoder(encoder))
+
+
+def cosine_by_hand(images):
     """Loops over pairs in float64, from the definition."""
-    table, projection = (np.float64(encoder.params[k]) for k in ("embedding", "projection"))
+    table, projection = (np.float64(VARIABLES[k]) for k in ("embedding", "projection"))
     result = np.zeros(images.shape[:2])
     for p, prompt in enumerate(PROMPTS):
         ids = [WORDS.index(w) for w in prompt.text.split()]
@@ -56,74 +84,86 @@ def cosine_by_hand(encoder, images):
     return result
 
 
-IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 4, 4, 3), minval=-0.1, maxval=1.1)
-
-
 def test_clip_is_the_cosine_of_each_pair():
-    encoder = small_encoder()
-    reward = clip.make({"encoder": encoder})
-    scores = jax.jit(reward.score)(reward.params, IMAGES, reward.prepare(PROMPTS))
-    np.testing.assert_allclose(scores, cosine_by_hand(encoder, IMAGES), atol=1e-6)
+    reward = make("clip")
+    scores = jax.jit(reward.score)(VARIABLES, IMAGES, reward.prepare(VARIABLES, PROMPTS))
+    np.testing.assert_allclose(scores, cosine_by_hand(IMAGES), atol=1e-6)
     assert scores.shape == (2, 3) and scores.dtype == jnp.float32
+    assert reward.network == "small"
 
 
 def test_pickscore_scales_the_cosine():
-    encoder = small_encoder()
-    reward = pickscore.make({"encoder": encoder})
-    scores = jax.jit(reward.score)(reward.params, IMAGES, reward.prepare(PROMPTS))
-    np.testing.assert_allclose(
-        scores, np.exp(1.5) * cosine_by_hand(encoder, IMAGES) / 26, atol=1e-6
-    )
-    # The scale is read from the parameters of the call.
-    other = {**encoder.params, "log_scale": jnp.float32(0.0)}
-    unscaled = reward.score(other, IMAGES, reward.prepare(PROMPTS))
+    reward = make("pickscore")
+    inputs = reward.prepare(VARIABLES, PROMPTS)
+    scores = jax.jit(reward.score)(VARIABLES, IMAGES, inputs)
+    np.testing.assert_allclose(scores, np.exp(1.5) * cosine_by_hand(IMAGES) / 26, atol=1e-6)
+    # The scale is read from the variables of the call.
+    unscaled = reward.score({**VARIABLES, "log_scale": jnp.float32(0.0)}, IMAGES, inputs)
     np.testing.assert_allclose(scores, np.exp(1.5) * np.asarray(unscaled), rtol=1e-5)
 
 
 def test_both_by_name():
-    encoder = small_encoder()
-    options = {"encoder": encoder}
-    reward = combine({"clip": 1.0, "pickscore": 2.0}, {"clip": options, "pickscore": options})
-    total, _ = reward.score(reward.params, IMAGES, reward.prepare(PROMPTS))
-    cosine = cosine_by_hand(encoder, IMAGES)
-    np.testing.assert_allclose(total, cosine * (1 + 2 * np.exp(1.5) / 26), atol=1e-5)
+    sections = {"clip": ModelRewardOptions(1.0), "pickscore": ModelRewardOptions(2.0)}
+    reward = make_rewards(sections, OneEncoder(ENCODER))
+    networks = {"small": VARIABLES}
+    total, _ = reward.score(networks, IMAGES, reward.prepare(networks, PROMPTS))
+    expected = cosine_by_hand(IMAGES) * (1 + 2 * np.exp(1.5) / 26)
+    np.testing.assert_allclose(total, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pickscore_in_bfloat16_keeps_its_scale(tmp_path, dtype):
+    """PickScore stores ln 100 as 4.60517; in bfloat16 every score would be 1.1% smaller."""
+    root = tmp_path / "pickscore"
+    shutil.copytree(SHAPES_DIRECTORY / "encoders" / "pickscore", root)
+    tensors = dict(read_tensors(root).items())
+    write_tensors(root, {**tensors, "logit_scale": np.float32(4.60517)})
+    networks = Networks(own=tmp_path, locate=Path, dtype=dtype)
+    pickscore, cosine = (
+        REWARDS[name].make(ModelRewardOptions(model=str(root)), networks)
+        for name in ("pickscore", "clip")
+    )
+    variables = networks.variables[pickscore.network]
+    scale = networks.encoder("pickscore", "").logit_scale(variables)
+    assert scale == np.exp(np.float32(4.60517)) and scale == pytest.approx(100.0, abs=1e-3)
+    prompts = [Prompt("a red circle"), Prompt("a blue square")]
+    inputs = pickscore.prepare(variables, prompts)
+    images = jax.random.uniform(jax.random.key(1), (2, 3, 32, 32, 3))
+    found, bare = (reward.score(variables, images, inputs) for reward in (pickscore, cosine))
+    np.testing.assert_allclose(found, np.asarray(bare) * np.float32(scale) / 26, rtol=1e-6)
 
 
 def test_text_features_of_more_prompts_than_a_batch():
-    encoder = small_encoder()
     prompts = [PROMPTS[i % 2] for i in range(clip.TEXT_BATCH + 5)]
-    features = clip.text_features(encoder, prompts)
+    features = clip.text_features(ENCODER, VARIABLES, prompts)
     assert features.shape == (len(prompts), 8) and isinstance(features, np.ndarray)
-    few = clip.text_features(encoder, PROMPTS)
+    few = clip.text_features(ENCODER, VARIABLES, PROMPTS)
     np.testing.assert_allclose(features, np.stack([few[i % 2] for i in range(len(prompts))]))
     np.testing.assert_allclose(np.linalg.norm(features, axis=-1), 1, rtol=1e-6)
+    planned = make("clip").input_shapes(len(prompts))
+    assert (planned.shape, planned.dtype) == (features.shape, features.dtype)
 
 
 def test_one_warning_for_all_that_is_cut():
-    encoder = small_encoder()
     long = "a red circle a red circle a"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ids = clip.tokenize(encoder, ["a", long, long + " blue"])
+        ids = clip.tokenize(ENCODER, ["a", long, long + " blue"])
     assert len(caught) == 1
     assert "2 of 3 prompts are longer than the 5 tokens" in str(caught[0].message)
     np.testing.assert_array_equal(ids, [[2, 0, 0, 0, 0], [2, 3, 5, 2, 3], [2, 3, 5, 2, 3]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        clip.tokenize(encoder, ["a red circle a red"])  # exactly the length
+        clip.tokenize(ENCODER, ["a red circle a red"])  # exactly the length
 
 
 def test_pickscore_needs_a_logit_scale():
     with pytest.raises(ValueError, match="'small' has no logit scale"):
-        pickscore.make({"encoder": dataclasses.replace(small_encoder(), logit_scale=None)})
+        make("pickscore", dataclasses.replace(ENCODER, logit_scale=None))
 
 
-@pytest.mark.parametrize("make", [clip.make, pickscore.make])
-def test_encoder_must_read_text(make):
-    with pytest.raises(ValueError, match="needs the option 'encoder'"):
-        make({})
-    blind = dataclasses.replace(small_encoder(), tokenizer=None, text_features=None, text_length=0)
-    with pytest.raises(ValueError, match="'small' reads no text"):
-        make({"encoder": blind})
-    with pytest.raises(ValueError, match="Valid options: encoder"):
-        make({"encoder": small_encoder(), "scale": 2})
+@pytest.mark.parametrize("name", ["clip", "pickscore"])
+def test_the_encoder_must_read_text(name):
+    blind = dataclasses.replace(ENCODER, tokenizer=None, text_features=None, text_length=0)
+    with pytest.raises(ValueError, match=f"'small' reads no text, so that the reward '{name}'"):
+        make(name, blind)

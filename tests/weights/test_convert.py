@@ -10,7 +10,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from pec_jax.models import layers
-from pec_jax.weights.convert import abstract_variables, count_parameters, from_torch, to_torch
+from pec_jax.weights.convert import (
+    abstract_variables,
+    count_parameters,
+    from_torch,
+    placed_shapes,
+    to_torch,
+)
 from pec_jax.weights.tensors import WeightsError, read_tensors, write_tensors
 
 
@@ -96,7 +102,17 @@ class TestFromTorch:
         half = {name: array.astype(np.float16) for name, array in state.items()}
         assert {a.dtype for a in jax.tree.leaves(from_torch(half, shapes))} == {np.dtype("float32")}
         low = from_torch(state, shapes, dtype=jnp.bfloat16)
+        assert low["params"].pop("logit_scale").dtype == np.float32
         assert {a.dtype for a in jax.tree.leaves(low)} == {np.dtype(jnp.bfloat16)}
+
+    def test_a_scalar_is_kept_to_the_last_bit(self, state, shapes):
+        """CLIP's logit scale ln 100 in bfloat16 is 4.59375, and its exp 98.864 for 100."""
+        state["logit_scale"] = np.float32(4.60517)
+        low = from_torch(state, shapes, dtype=jnp.bfloat16)
+        assert low["params"]["logit_scale"] == np.float32(4.60517)
+        planned = placed_shapes(shapes, dtype=jnp.bfloat16)
+        same = jax.tree.map(lambda a, s: (a.shape, a.dtype) == (s.shape, s.dtype), low, planned)
+        assert jax.tree.all(same)
 
     def test_ignored_names_may_be_there(self, state, shapes):
         state["text.position_ids"] = np.arange(3)

@@ -23,7 +23,8 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from pec_jax.perception.encoders import load_encoder, unit
+from pec_jax.perception.encoder import unit
+from pec_jax.perception.hugging_face import load_encoder
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
@@ -84,29 +85,16 @@ def as_float(images: np.ndarray) -> jnp.ndarray:
     return jnp.asarray(images, jnp.float32) / 255.0
 
 
-def test_without_text_keeps_what_images_go_through(clip_directory):
-    encoder = load_encoder(clip_directory)
-    images = encoder.without_text()
-    assert set(encoder.params["params"]) - set(images.params["params"]) == {
-        "text_model",
-        "text_projection",
-    }
-    pixels = as_float(images_8bit(2, 32, 32, 3))
-    for function in (encoder.image_features, lambda params, _: encoder.logit_scale(params)):
-        np.testing.assert_array_equal(
-            function(images.params, pixels), function(encoder.params, pixels)
-        )
-
-
 def test_clip_features_equal_transformers(clip_directory):
-    encoder = load_encoder(clip_directory)
+    encoder, variables = load_encoder(clip_directory)
     assert (encoder.name, encoder.dim, encoder.text_length) == ("tiny-clip", 24, 14)
+    assert encoder.network == str(clip_directory)
     images = images_8bit(3, 32, 32, 3)
     ids = encoder.tokenize(CAPTIONS)
     assert ids.shape == (3, 14) and ids.dtype == np.int32
-    image = jax.jit(encoder.image_features)(encoder.params, as_float(images))
-    text = jax.jit(encoder.text_features)(encoder.params, ids)
-    logits = encoder.logit_scale(encoder.params) * unit(image) @ unit(text).T
+    image = jax.jit(encoder.image_features)(variables, as_float(images))
+    text = jax.jit(encoder.text_features)(variables, ids)
+    logits = encoder.logit_scale(variables) * unit(image) @ unit(text).T
     assert image.shape == text.shape == (3, 24)
     assert image.dtype == text.dtype == jnp.float32
 
@@ -124,12 +112,14 @@ def test_clip_features_equal_transformers(clip_directory):
     np.testing.assert_allclose(image, features.numpy(), atol=1e-5 * np.abs(features).max().item())
 
 
-def test_vit_features_equal_transformers(vit_directory):
-    encoder = load_encoder(vit_directory)
+@pytest.mark.parametrize("side", [32, 64])
+def test_vit_features_equal_transformers(vit_directory, side):
+    """Also of images of another size, which are resized in the graph."""
+    encoder, variables = load_encoder(vit_directory)
     assert (encoder.name, encoder.dim) == ("tiny-dino", 36)
     assert encoder.text_features is None and encoder.logit_scale is None
-    images = images_8bit(3, 32, 32, 3)
-    ours = np.asarray(jax.jit(encoder.image_features)(encoder.params, as_float(images)))
+    images = images_8bit(3, side, side, 3)
+    ours = np.asarray(jax.jit(encoder.image_features)(variables, as_float(images)))
     pixels = ViTImageProcessorPil.from_pretrained(vit_directory)(list(images))["pixel_values"]
     model = ViTModel.from_pretrained(vit_directory).eval()
     with torch.no_grad():
@@ -151,8 +141,8 @@ def test_dinov2_features_equal_transformers(tmp_path):
     processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
     processor.save_pretrained(root)
     images = images_8bit(2, 48, 64, 3)
-    encoder = load_encoder(root)
-    ours = np.asarray(jax.jit(encoder.image_features)(encoder.params, as_float(images)))
+    encoder, variables = load_encoder(root)
+    ours = np.asarray(jax.jit(encoder.image_features)(variables, as_float(images)))
     pixels = torch.tensor(np.stack(processor(list(images))["pixel_values"]))
     with torch.no_grad():
         theirs = model(pixels).pooler_output.numpy()
@@ -160,42 +150,27 @@ def test_dinov2_features_equal_transformers(tmp_path):
     assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
 
 
-def test_other_sizes_are_resized_in_the_graph(vit_directory):
-    encoder = load_encoder(vit_directory)
-    images = images_8bit(2, 64, 64, 3)
-    ours = np.asarray(jax.jit(encoder.image_features)(encoder.params, as_float(images)))
-    pixels = ViTImageProcessorPil.from_pretrained(vit_directory)(list(images))["pixel_values"]
-    model = ViTModel.from_pretrained(vit_directory).eval()
-    with torch.no_grad():
-        theirs = model(torch.tensor(np.stack(pixels))).last_hidden_state[:, 0].numpy()
-    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
-
-
-def test_features_have_a_gradient_and_params_are_arguments(vit_directory):
-    encoder = load_encoder(vit_directory)
+def test_features_have_a_gradient_and_weights_are_arguments(vit_directory):
+    encoder, variables = load_encoder(vit_directory)
     images = as_float(images_8bit(1, 40, 40, 3))
     loss = jax.jit(jax.grad(lambda p, x: encoder.image_features(p, x).sum(), argnums=1))
-    gradient = loss(encoder.params, images)
+    gradient = loss(variables, images)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
-    zeros = jax.tree.map(jnp.zeros_like, encoder.params)
+    zeros = jax.tree.map(jnp.zeros_like, variables)
     assert not jax.jit(encoder.image_features)(zeros, images).any()
 
 
 def test_bf16_features_are_fp32(clip_directory):
-    encoder = load_encoder(clip_directory, dtype=jnp.bfloat16)
-    assert {a.dtype for a in jax.tree.leaves(encoder.params)} == {jnp.dtype("bfloat16")}
+    encoder, variables = load_encoder(clip_directory, dtype=jnp.bfloat16)
+    params = dict(variables["params"])
+    assert params.pop("logit_scale").dtype == np.float32  # a lone scalar stays exact
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     images = as_float(images_8bit(2, 32, 32, 3))
-    half = jax.jit(encoder.image_features)(encoder.params, images)
-    full = load_encoder(clip_directory)
-    exact = jax.jit(full.image_features)(full.params, images)
+    half = jax.jit(encoder.image_features)(variables, images)
+    full, params = load_encoder(clip_directory)
+    exact = jax.jit(full.image_features)(params, images)
     assert half.dtype == jnp.float32
     assert np.abs(half - exact).max() < 0.05 * np.abs(exact).max()
-
-
-def test_unit_features():
-    features = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
-    np.testing.assert_allclose(unit(features), [[0.6, 0.8], [0.0, 0.0]], atol=1e-6)
-    assert np.isfinite(jax.grad(lambda f: unit(f).sum())(features)).all()
 
 
 @pytest.mark.parametrize(
