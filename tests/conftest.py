@@ -68,6 +68,6 @@ def small_config():
 def world():
     """The embedded model, loaded once, under the small config."""
     from pec_jax.config.schema import from_config_dict
-    from pec_jax.training.build import make_world
+    from pec_jax.training.build import build
 
-    return make_world(from_config_dict(small_config_dict()))
+    return build(from_config_dict(small_config_dict()))

@@ -81,6 +81,17 @@ def test_one_device_needs_no_constraint(small_config):
     assert sharding.local_groups(mesh, 6) == slice(0, 6)
 
 
+def test_the_platform_is_that_of_the_devices_that_the_program_is_for(small_config):
+    assert sharding.platform() == jax.default_backend()
+    mesh = sharding.make_mesh(from_config_dict(small_config), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        assert sharding.platform() == jax.devices()[0].platform
+    chip = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    pod = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(pod):
+        assert sharding.platform() == "tpu"
+
+
 @pytest.fixture(scope="module")
 def iterations():
     """Mesh shape -> what one iteration on it gave, in a process with 8 devices."""
