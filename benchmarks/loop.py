@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # for the configs, and for this directory by its 
 from benchmarks import contestants, setups, timing  # noqa: E402
 from pec_jax.config.schema import from_config_dict  # noqa: E402
 from pec_jax.errors import exit_on_user_error, quiet_libraries  # noqa: E402
-from pec_jax.training import trainer as train  # noqa: E402
+from pec_jax.training import trainer  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to time.")
 _TURNS = flags.DEFINE_integer("turns", 3, "Turns of both.", lower_bound=1)
@@ -45,7 +45,7 @@ def measured(config_dict: object, setup: setups.Setup) -> dict[str, list[float]]
     for turn in range(_TURNS.value):
         found[BARE] += [_seconds(step) for _ in range(_ITERATIONS.value)]
         with tempfile.TemporaryDirectory() as workdir:
-            train.train(config_dict, workdir)
+            trainer.train(config_dict, workdir)
             for number, seconds in _iterations(Path(workdir) / "metrics.jsonl"):
                 found[ALL].append(seconds)
                 if kind := kind_of(number):

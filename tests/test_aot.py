@@ -12,14 +12,14 @@ from pec_jax.profiling.chips import CHIPS
 
 def test_the_step_compiles_from_shapes_and_says_what_it_costs(small_config, world):
     config = from_config_dict(small_config)
-    compiled, program, arguments, seconds = ahead.compile_step(config, jax.devices()[:1])
-    real = world.train.gather([0, 1])
+    step = ahead.compile_step(config, jax.devices()[:1])
+    arguments, real = step.arguments, world.tables["train"].gather([0, 1])
     assert arguments.batch.conditioning.tokens.shape == real.conditioning.tokens.shape
     assert jax.tree.map(lambda a: a.shape, arguments.frozen.transformer) == jax.tree.map(
         lambda a: a.shape, world.frozen.transformer
     )
-    found = ahead.analyse(compiled, program, arguments, CHIPS["v5e"], 1)
-    assert seconds > 0 and found["fits"] and found["collectives"] == {}
+    found = ahead.analyse(step, CHIPS["v5e"], 1)
+    assert step.seconds > 0 and found["fits"] and found["collectives"] == {}
     assert found["parameters"]["trainable"] == sum(a.size for a in jax.tree.leaves(world.params))
     sizes = found["bytes_per_chip"]
     assert sizes["peak"] >= sizes["arguments"] > 4 * found["parameters"]["total"]

@@ -99,6 +99,16 @@ def active(mesh: Mesh, config: Config) -> Iterator[None]:
         yield
 
 
+def platform() -> str:
+    """The platform that the program being traced is for: "cpu", "gpu" or "tpu".
+
+    That of the active mesh's devices, whatever machine compiles for them; without a mesh, that of
+    this machine. The one place to ask before a network is written differently for a platform.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _rules(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     return [(name, tuple(axes)) for name, axes in config.mesh.rules.items()]
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from pec_jax.distributed.mesh import on_shards
+from pec_jax.distributed.mesh import on_shards, platform
 
 Array = jax.Array
 
@@ -52,7 +52,7 @@ def attention(
     if bias is not None or q.dtype != jnp.bfloat16 or not long:
         return plain(q, k, v)
     fused = {"tpu": functools.partial(on_tpu, scale=scale)}
-    if jax.default_backend() == "gpu":  # cuDNN's looks for its library when it is traced
+    if platform() == "gpu":  # cuDNN's looks for its library when it is traced
         fused["cuda"] = functools.partial(
             jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
         )

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as init
 
-from pec_jax.distributed.mesh import constrain
+from pec_jax.distributed.mesh import at_use, constrain
 from pec_jax.models import hf_config
 from pec_jax.models.layers import (
     Conv,
@@ -155,9 +155,10 @@ class Dinov2Embeddings(nn.Module):
         return jnp.concatenate([*tokens, x], axis=1)
 
     def _table(self, name: str, length: int) -> Array:
-        table = nn.with_logical_partitioning(init.truncated_normal(0.02), (None, None, "embed"))
+        axes = (None, None, "embed")
+        table = nn.with_logical_partitioning(init.truncated_normal(0.02), axes)
         value = self.param(name, table, (1, length, self.config.hidden_size))
-        return jnp.asarray(value, self.dtype)
+        return at_use(jnp.asarray(value, self.dtype), *axes)
 
 
 class Dinov2Layer(nn.Module):

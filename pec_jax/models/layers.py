@@ -19,14 +19,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import linear_call
 from jax.nn import initializers as init
 
-from pec_jax.distributed.mesh import at_use
+from pec_jax.distributed.mesh import at_use, platform
+from pec_jax.models import cpu
 
 Array = jax.Array
 Initializer = Callable[..., Array]
-CPU_UNROLL = 4
 
 # What the backward pass finds stored, beside the inputs of each block. "dots" keeps the outputs of
 # the linear layers and computes attention, norms and activations again.
@@ -108,41 +107,10 @@ def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Arr
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-@jax.custom_jvp
-def product(x: Array, kernel: Array) -> Array:
-    """x W, differentiated as it is fast on a CPU.
-
-    The gradient for W is x^T dy. JAX's own rule has (dy^T x)^T: XLA then transposes dy, and
-    computes what dy comes from once more to do so. Here x is transposed, which is in memory.
-
-    Args:
-        x: [..., in].
-        kernel: [in, out].
-
-    Returns:
-        [..., out].
-    """
-    return jnp.dot(x, kernel)
-
-
-@product.defjvp
-def _product_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]):
-    (x, kernel), (dx, dkernel) = primals, tangents
-
-    def gradient(x: Array, dy: Array) -> Array:
-        return jnp.dot(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, dy.shape[-1]))
-
-    along_kernel = linear_call(jnp.dot, gradient, x, dkernel)
-    return product(x, kernel), jnp.dot(dx, kernel) + along_kernel
-
-
 def adapted_product(x: Array, kernel: Array, a: Array, b: Array) -> Array:
     """x (W + a b), in the order that costs less.
 
-    As a rule x W + (x a) b. Beside a small W of the embedded model's size an adapter is not thin:
-    its three passes (forward, and backward for x and for itself) cost a token as much as the one
-    more that W + a b has, its gradient, in smaller pieces. That is for fp32 only; in bfloat16 the
-    sum would round small a b away.
+    As a rule x W + (x a) b; on a CPU, a small W may be joined with its adapter first.
 
     Args:
         x: [..., in].
@@ -153,11 +121,9 @@ def adapted_product(x: Array, kernel: Array, a: Array, b: Array) -> Array:
     Returns:
         [..., out].
     """
-    (fan_in, fan_out), rank = kernel.shape, a.shape[-1]
-    thin = 3 * rank * (fan_in + fan_out) < fan_in * fan_out
-    if thin or kernel.dtype != jnp.float32:
-        return jnp.dot(x, kernel) + jnp.dot(jnp.dot(x, a), b)
-    return product(x, kernel + jnp.dot(a, b))
+    if platform() == "cpu" and cpu.joins_adapter(kernel, a.shape[-1]):
+        return cpu.product(x, kernel + jnp.dot(a, b))
+    return jnp.dot(x, kernel) + jnp.dot(jnp.dot(x, a), b)
 
 
 def parameter(
@@ -395,21 +361,19 @@ def scan_layers(
 ) -> type[nn.Module]:
     """A run of `length` equal blocks as one scan, so that the program does not grow with depth.
 
-    On CPU a short run is unrolled: XLA then fuses across layers instead of copying in and out of
-    a loop, which makes the gradient of the embedded default 15% faster and halves its compilation.
+    A program for CPUs has short runs unrolled, see `cpu.unrolled`.
 
     Args:
         block: a module `block(carry, *broadcast) -> (carry, None)`.
         length: number of layers; parameters are stacked on axis 0, [length, ...].
         remat: what of a block's activations the backward pass computes again, of `REMAT`.
-        unroll: layers a loop iteration; it changes speed only. By default all of them on CPU,
-            up to CPU_UNROLL layers, else one.
+        unroll: layers per loop iteration; it changes speed only. The platform's choice by default.
 
     Returns:
         A module class of the same signature as `block`; name its instance by `run_name`.
     """
     if unroll is None:
-        unroll = length if jax.default_backend() == "cpu" and length <= CPU_UNROLL else 1
+        unroll = cpu.unrolled(length) if platform() == "cpu" else 1
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
     return nn.scan(

@@ -99,7 +99,7 @@ def score(
         "diversity/variance_pixel": _pixel_variance(scored["levels"]),
     }
     if scorer.at_steps is not None:
-        surprisal = _step_surprisal(scorer, frozen, trajectory, group_size)
+        surprisal = step_surprisal(scorer, frozen, trajectory, group_size)
         metrics["entropy/perceptual_steps"] = jnp.mean(surprisal)
     return Rollout(trajectory=trajectory, rewards=rewards, surprisal=surprisal), metrics
 
@@ -117,7 +117,7 @@ def _features(scorer: Scorer, frozen: Frozen, images: Array) -> dict[str, Array]
     return {name: space.of_images(frozen, images) for name, space in scorer.spaces.items()}
 
 
-def _step_surprisal(
+def step_surprisal(
     scorer: Scorer, frozen: Frozen, trajectory: Trajectory, group_size: int
 ) -> Float[Array, "s p k"]:
     """Surprisals of what each trained step predicts the image to be."""
