@@ -19,7 +19,7 @@ from pec_jax.distributed import processes as hosts
 from pec_jax.errors import RunError
 from pec_jax.inference import export as exporting
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OVERRIDES = {
     "num_iterations": 3,
     "trainable.rank": 4,
@@ -177,3 +177,15 @@ def test_who_cannot_join_the_others_says_so():
         check=False,
     )
     assert done.returncode != 0
+
+
+def test_a_start_that_the_first_process_refuses_ends_all_of_them(tmp_path):
+    """A file where the directory should be, as the first process finds out."""
+    workdir = tmp_path / "file"
+    workdir.write_text("mine")
+    processes = start(workdir, 2)
+    assert [process.wait(timeout=300) for process in processes] == [2, 2]
+    first, second = ((tmp_path / f"file_{i}.txt").read_text() for i in range(2))
+    assert "file is a file. Give the name of a directory" in first
+    assert "process 0 could not go on; its own message says why" in second
+    assert "Traceback" not in first + second and workdir.read_text() == "mine"
