@@ -7,12 +7,14 @@ travel as UTF-8 bytes among the reward's inputs, so that the seam itself remembe
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax.config import ConfigError
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed.mesh import on_shards
 from pec_jax.perception.preprocessing import to_uint8_levels
@@ -23,6 +25,7 @@ Array = jax.Array
 
 # (images [N, H, W, 3] uint8, N prompts) -> N numbers
 HostFunction = Callable[[np.ndarray, list[Prompt]], np.ndarray]
+COPIED_INLINE = 100 * 2**10  # bytes; XLA's CPU client hands larger copies to its threads
 
 
 def encode_prompts(prompts: Sequence[Prompt]) -> np.ndarray:
@@ -44,7 +47,7 @@ def host_reward(name: str, function: HostFunction) -> Reward:
 
     Where the groups of an iteration are split over devices, the function is called once for each
     device's own groups, in the process that holds the device: with several processes every one of
-    them must be able to answer.
+    them must be able to answer. Devices that only split layers ask the same question again.
 
     Args:
         name: under which the reward is logged.
@@ -53,7 +56,8 @@ def host_reward(name: str, function: HostFunction) -> Reward:
 
     Returns:
         A Reward whose `score` may be jitted. If the function raises, or returns something that is
-        not N numbers, the step fails with that message.
+        not N numbers, the step fails with that message. It raises ConfigError when traced for a
+        mesh of CPU devices that has no thread to spare for the callbacks.
     """
 
     def call(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -69,6 +73,7 @@ def host_reward(name: str, function: HostFunction) -> Reward:
         return scores.astype(np.float32).reshape(groups, size)
 
     def ask(levels: Array, rows: Array) -> Array:
+        _check_threads(name, levels.size)
         result = jax.ShapeDtypeStruct(levels.shape[:2], jnp.float32)
         return jax.pure_callback(call, result, levels, rows, vmap_method="sequential")
 
@@ -77,3 +82,26 @@ def host_reward(name: str, function: HostFunction) -> Reward:
         return on_shards(ask, ("batch",), levels, rows)
 
     return Reward(name, score, prepare=lambda variables, prompts: encode_prompts(prompts))
+
+
+def _check_threads(name: str, size: int) -> None:
+    """Refuses what would wait for itself: callbacks on CPU devices that hold all threads there are.
+
+    JAX copies a callback's inputs in the thread pool of the CPU client, where each CPU device
+    that is in a callback occupies one thread (jax-ml/jax issue 24255). Accelerators do not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size // jax.process_count()
+    if jax.default_backend() != "cpu" or devices == 1 or size <= COPIED_INLINE:
+        return
+    # As the client sizes its pool.
+    reserved = int(os.environ.get("NPROC") or 0)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = max(max(4, reserved) if reserved > 0 else cores, jax.local_device_count())
+    if threads <= devices:
+        raise ConfigError(
+            f"The reward {name!r} runs on the host, and {devices} CPU devices of one process would "
+            f"occupy all {threads} threads that hand it images: use fewer devices (config.mesh), "
+            f"or set the environment variable NPROC={devices + 1}."
+        )

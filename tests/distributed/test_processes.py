@@ -20,13 +20,15 @@ from pec_jax.errors import RunError
 from pec_jax.inference import export as exporting
 
 ROOT = Path(__file__).parents[2]
+MAIN = ("-m", "pec_jax.main")
+HOST_REWARD = (str(Path(__file__).with_name("host_reward_program.py")),)
 OVERRIDES = {
     "num_iterations": 3,
     "trainable.rank": 4,
     "sampler.num_steps": 3,
     "batch.groups": 4,
     "batch.group_size": 4,
-    "grpo.minibatches": 2,
+    "updates.minibatches": 2,
     "mesh.data": 1,
     "mesh.fsdp": -1,
     "optimizer.eps": 1e-3,  # 1e-8 would blow the rounding of tiny gradients up to whole steps
@@ -42,7 +44,7 @@ OVERRIDES = {
 }
 
 
-def start(workdir: Path, count: int, **changes) -> list[subprocess.Popen]:
+def start(workdir: Path, count: int, program=MAIN, **changes) -> list[subprocess.Popen]:
     """`count` processes of one device each, which train together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -50,8 +52,7 @@ def start(workdir: Path, count: int, **changes) -> list[subprocess.Popen]:
     fields = {**OVERRIDES, **{k.replace("__", "."): v for k, v in changes.items()}}
     command = [
         sys.executable,
-        "-m",
-        "pec_jax.main",
+        *program,
         f"--config={ROOT / 'configs' / 'shapes_grpo.py'}",
         f"--workdir={workdir}",
         "--allow_config_change",
@@ -59,6 +60,7 @@ def start(workdir: Path, count: int, **changes) -> list[subprocess.Popen]:
     ]
     environment = {
         **os.environ,
+        "PYTHONPATH": str(ROOT),  # a script's own directory would be searched instead
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         # Runs on as many processes share what they compile.
@@ -119,18 +121,38 @@ def learned(workdir: Path) -> dict[str, np.ndarray]:
     return load_file(out / exporting.FILES["lora"][0])
 
 
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    """Metrics, what was learned, and the evaluation."""
+    assert_same(steps(workdir), steps(expected))
+    parameters = learned(expected)
+    for name, value in learned(workdir).items():
+        np.testing.assert_allclose(value, parameters[name], atol=1e-5, rtol=0, err_msg=name)
+    ours, theirs = (json.loads((w / "eval.json").read_text()) for w in (workdir, expected))
+    for name, value in theirs.items():
+        if name.startswith(("quality/", "diversity/")):
+            assert ours[name] == pytest.approx(value, rel=1e-3), name  # 8-bit levels may flip
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_compute_what_one_does(tmp_path, alone, count):
     workdir = tmp_path / "run"
     finish(workdir, start(workdir, count))
-    assert_same(steps(workdir), steps(alone))
-    expected = learned(alone)
-    for name, value in learned(workdir).items():
-        np.testing.assert_allclose(value, expected[name], atol=1e-5, rtol=0, err_msg=name)
-    ours, theirs = (json.loads((w / "eval.json").read_text()) for w in (workdir, alone))
-    for name, value in theirs.items():
-        if name.startswith(("quality/", "diversity/")):
-            assert ours[name] == pytest.approx(value, rel=1e-3), name  # 8-bit levels may flip
+    assert_same_run(workdir, alone)
+
+
+def test_a_host_reward_of_several_processes_is_that_of_one(tmp_path):
+    """Each process asks its own function about its own groups."""
+    changes = {"num_iterations": 2, "rewards.redness.weight": 2.0}
+    runs = [tmp_path / "one" / "run", tmp_path / "two" / "run"]
+    for count, workdir in enumerate(runs, start=1):
+        workdir.parent.mkdir()
+        finish(workdir, start(workdir, count, HOST_REWARD, **changes))
+    assert_same_run(runs[1], runs[0])
+    for line in steps(runs[1]):
+        total = line["reward/pickscore"] + 2 * line["reward/redness"]
+        assert line["reward/mean"] == pytest.approx(total, rel=1e-5)
+        assert abs(line["reward/redness"]) > 1e-3
+    assert "quality/redness" in json.loads((runs[1] / "eval.json").read_text())
 
 
 def test_a_sigterm_to_one_stops_and_saves_all_and_another_number_resumes(tmp_path, alone):

@@ -1,10 +1,19 @@
+"""The host seam: what the function sees, what it may answer, and groups split over devices."""
+
+from __future__ import annotations
+
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.data.prompts import Prompt
+from pec_jax.distributed import mesh as sharding
 from pec_jax.rewards.host import decode_prompts, encode_prompts, host_reward
+from tests.conftest import on_eight_devices, small_config_dict
 
 PROMPTS = [Prompt("a cat"), Prompt("ünïcödé \0 “sign”", {"include": [{"count": 2}]}), Prompt("")]
 
@@ -16,28 +25,33 @@ def test_prompts_travel_unharmed():
     assert decode_prompts(rows[[2, 0]]) == [PROMPTS[2], PROMPTS[0]]
 
 
+def first_pixel_and_length(images, prompts):
+    """The level of one pixel, plus 1000 for each letter of the image's prompt."""
+    return images[:, 0, 0, 0] + np.array([1000 * len(p.text) for p in prompts])
+
+
 def test_sees_png_levels_and_its_own_prompt():
     seen = []
 
     def function(images, prompts):
         seen.append((images.dtype, images.shape))
-        return images[:, 0, 0, 0] + np.array([1000 * len(p.text) for p in prompts])
+        return first_pixel_and_length(images, prompts)
 
     reward = host_reward("ocr", function)
     levels = np.array([[0, 255, 128], [17, 18, 19], [1, 2, 3]])
     images = jnp.broadcast_to((levels / 255.0)[..., None, None, None], (3, 3, 4, 5, 3))
-    scores = jax.jit(reward.score)(reward.params, images + 1e-3, reward.prepare(PROMPTS))
+    scores = jax.jit(reward.score)({}, images + 1e-3, reward.prepare({}, PROMPTS))
     lengths = np.array([[len(p.text)] for p in PROMPTS])
     np.testing.assert_array_equal(scores, levels + 1000 * lengths)
     assert scores.dtype == jnp.float32
     assert seen[-1] == (np.uint8, (9, 4, 5, 3))
-    assert reward.name == "ocr"
+    assert (reward.name, reward.network) == ("ocr", "")
 
 
 @pytest.mark.parametrize("answer", [np.zeros((4, 1)), np.zeros(3), np.array(["a"] * 4), [None] * 4])
 def test_wrong_answers_fail_with_the_name(answer):
     reward = host_reward("judge", lambda images, prompts: answer)
-    rows = reward.prepare(PROMPTS[:2])
+    rows = reward.prepare({}, PROMPTS[:2])
     with pytest.raises(Exception, match="'judge' must return one number for each of the 4 images"):
         jax.block_until_ready(jax.jit(reward.score)({}, jnp.zeros((2, 2, 4, 4, 3)), rows))
 
@@ -51,3 +65,73 @@ def test_errors_of_the_function_surface():
         jax.block_until_ready(
             reward.score({}, jnp.zeros((1, 2, 4, 4, 3)), encode_prompts(PROMPTS[:1]))
         )
+
+
+MESHES = {"groups": (4, 2, 1), "layers": (2, 2, 2), "one device": (1, 1, 1)}
+GROUPS, SIZE = 8, 3
+
+
+def sharded_scores(shape, function, side):
+    """Scores of 8 groups on a mesh of that shape, in a loop as in the train step: [2, P, K]."""
+    levels = np.arange(GROUPS * SIZE).reshape(GROUPS, SIZE)
+    images = np.broadcast_to((levels / 255)[..., None, None, None], (GROUPS, SIZE, side, side, 3))
+    config = small_config_dict()
+    config.batch.groups = GROUPS
+    config.mesh.update(dict(zip(sharding.AXES, shape)))
+    config = from_config_dict(config)
+    mesh = sharding.make_mesh(config)
+    reward = host_reward("judge", function)
+    rows = reward.prepare({}, [Prompt("a" * i) for i in range(GROUPS)])
+    given = sharding.put_batch((images.astype(np.float32), rows), mesh, GROUPS)
+
+    @jax.jit
+    def score(images, rows):
+        factors = jnp.asarray([1.0, 0.0])
+        return jax.lax.map(lambda factor: reward.score({}, images * factor, rows), factors)
+
+    with sharding.active(mesh, config):
+        return np.asarray(score(*given))
+
+
+def scores_on_meshes():
+    """Mesh -> (scores, groups of each call, number of calls)."""
+    found = {}
+    for name, shape in MESHES.items():
+        calls = []
+
+        def function(images, prompts, calls=calls):
+            calls.append(len(images) // SIZE)
+            return first_pixel_and_length(images, prompts)
+
+        scores = sharded_scores(shape, function, 32)
+        found[name] = scores.tolist(), sorted(set(calls)), len(calls)
+    return found
+
+
+def test_each_device_asks_about_its_own_groups():
+    found = on_eight_devices(scores_on_meshes)
+    levels = np.arange(GROUPS * SIZE).reshape(GROUPS, SIZE)
+    lengths = 1000 * np.arange(GROUPS)[:, None]
+    for name, (scores, _, _) in found.items():
+        np.testing.assert_array_equal(scores[0], levels + lengths, err_msg=name)
+        np.testing.assert_array_equal(scores[1], 0 * levels + lengths, err_msg=name)
+    # Groups of each call, and calls, of two iterations of the loop.
+    assert found["groups"][1:] == [[1], 16]
+    assert found["one device"][1:] == [[8], 2]
+    assert found["layers"][1] == [2]  # of 2 x 2 parts; what splits layers only, asks as well
+
+
+def large_images():
+    """The sentence that refuses what would hang, and scores where there is a thread to spare."""
+    os.environ["NPROC"] = "8"  # threads of the CPU client, made below
+    try:
+        sharded_scores((8, 1, 1), first_pixel_and_length, 256)
+    except ConfigError as error:
+        refused = str(error)
+    return refused, sharded_scores((4, 1, 1), first_pixel_and_length, 256).tolist()
+
+
+def test_a_mesh_of_cpu_devices_without_a_thread_to_spare_is_refused():
+    refused, scores = on_eight_devices(large_images)
+    assert "'judge' runs on the host, and 8 CPU devices" in refused and "NPROC=9" in refused
+    assert np.shape(scores) == (2, GROUPS, SIZE)
