@@ -31,8 +31,8 @@ holds a core, torch's threads wait for one another, and one thread can be many t
 two; --torch_threads=1 --torch_threads=2 times both.
 
 --random fills the shapes of the config's models with random numbers, those of published models too
-(`pec_jax.families.registry`), and reads no weights. At the size of SD3.5-M, let the groups be few on
-one GPU, as above: the iteration of the paper is 0.24 EFLOP.
+(`pec_jax.families.registry`), and reads no weights. At the size of SD3.5-M let the groups be few
+on one GPU, as above: the iteration of the paper is 0.24 EFLOP.
 """
 
 from __future__ import annotations
