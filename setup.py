@@ -11,14 +11,17 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints
     "ml_collections>=1.1.0,<2",  # configs and their flags
     "absl-py>=2.1",  # flags of every command
+    "etils[epath]>=1.12,<2",  # paths on this machine and on gs://
     "clu>=0.0.12,<0.1",  # metric writers, periodic actions, parameter overview
-    "tensorflow-cpu>=2.21,<2.22",  # clu's metric writers import it and do not declare it
+    # clu's metric writers import it and do not declare it; etils opens gs:// through it
+    "tensorflow-cpu>=2.21,<2.22",
     "tensorboard>=2.20,<3",  # likewise
     "tensorflow-datasets>=4.9.10,<5",  # prompt sets as random-access data sources
     "array_record>=0.8.3",  # the file format of those sources
     "transformers>=5.10,<6",  # tokenizers; older ones have remote-code holes
     "sentencepiece>=0.2.1,<0.3",  # T5's tokenizer
     "huggingface_hub>=1.0,<3",  # models by hub id
+    "jaxtyping>=0.3,<1",  # shapes in the annotations of public functions
     "safetensors>=0.6,<1",  # the only weight format that is read or written
     "numpy>=2.0",
     "pillow>=11",  # PNGs and sample grids
@@ -30,10 +33,13 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    # orbax asks it for the kind of a bucket before it deletes an old checkpoint there
+    "gcs": ["google-cloud-storage>=2.14", "google-cloud-storage-control>=1.0"],
     "test": [
         "torch==2.13.0",  # the oracle of the parity tests
         "diffusers==0.42.1",  # likewise
         "peft>=0.21,<1",  # loads exported LoRAs
+        "beartype>=0.20",  # checks those annotations while the tests run
         "vendi-score==0.0.3",  # oracle of the Vendi score
         "nbclient>=0.10",  # executes the notebooks
         "ipykernel>=6.29",  # likewise
@@ -64,6 +70,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pec_jax", "pec_jax.*"]),
+    package_dir={"pec_jax.configs": "configs"},  # the folder at the top travels in the wheel
     package_data={
         "pec_jax": [
             "shapes/assets/*",
@@ -73,4 +80,5 @@ setup(
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["pec-jax = pec_jax.__main__:main"]},
 )

@@ -9,23 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from pec_jax.rl.program import Frozen, Program, initial_state
 
-from benchmarks.setups import Setup, as_compiled
+from benchmarks.setups import Setup, as_compiled, shared_spaces
 from benchmarks.timing import Contestant, compiled_memory
 from pec_jax.distributed import mesh as sharding
 from pec_jax.profiling import flops
-from pec_jax.rl.train_step import (
-    decode,
-    image_features,
-    map_images,
-    rollout,
-    score,
-    step_surprisal,
-    train_step,
-)
+from pec_jax.rl.rollout import map_images, rollout
+from pec_jax.rl.score import decode, score, step_surprisal
+from pec_jax.rl.train_step import Program, train_step
 from pec_jax.rl.update import update
-from pec_jax.types import Array, Batch, PyTree, TrainState, Trajectory
+from pec_jax.types import Array, Batch, Frozen, PyTree, Rollout, TrainState, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,36 +49,60 @@ def phases(setup: Setup) -> dict[str, Compiled]:
     features of encoders that are not a reward's, and the estimator; features that a reward has
     computed already are given. update: all updates of the iteration.
     """
-    program, frozen, batch = setup.program, setup.frozen, setup.batch
+    frozen, batch = setup.frozen, setup.batch
     state = _first_state(setup)
-    found = {"rollout": _pure(setup, rollout, state.params, frozen, batch, setup.key)}
+    found = {"rollout": _pure(setup, draw_all, state.params, (frozen, batch), setup.key)}
     trajectory = found["rollout"].output
     found["decode"] = _pure(setup, decode_all, frozen, trajectory)
     images = found["decode"].output
-    found["score"] = _pure(setup, score_all, frozen, batch, images)
+    found["score"] = _pure(setup, reward_all, (frozen, batch), images)
     given = _pure(setup, shared_features, frozen, images).output
     found["entropy"] = _pure(setup, entropy, frozen, images, given, trajectory)
-    experience = _pure(setup, score, frozen, batch, trajectory).output
-    step = jax.jit(functools.partial(update, program), donate_argnums=0)
-    found["update"] = _stateful(step, update, setup, frozen, batch, experience, setup.key)
+    experience = _pure(setup, score_all, (frozen, batch), trajectory).output
+    step = jax.jit(functools.partial(update_all, setup.program), donate_argnums=0)
+    found["update"] = _stateful(step, update_all, setup, (frozen, batch), experience, setup.key)
     return found
+
+
+def draw_all(
+    program: Program, params: PyTree, inputs: tuple[Frozen, Batch], key: Array
+) -> Trajectory:
+    """The paths of all images."""
+    return rollout(program.drawing, params, inputs, key)
 
 
 def decode_all(program: Program, frozen: Frozen, trajectory: Trajectory) -> Array:
     """Images [P, K, H, W, 3] of the final latents, some of every group at a time."""
-    batch = program.config.batch
-    x_0 = trajectory.x_0.reshape(-1, batch.group_size, *program.latent_shape)
-    return map_images(lambda part: decode(program, frozen, part), x_0, batch.decode_images)
+    latents = trajectory.x_0
+    x_0 = latents.reshape(-1, program.drawing.group_size, *latents.shape[1:])
+    scorer = program.scorer
+    return map_images(lambda part: decode(scorer, frozen, part), x_0, scorer.images)
 
 
-def score_all(program: Program, frozen: Frozen, batch: Batch, images: Array) -> Array:
+def reward_all(program: Program, inputs: tuple[Frozen, Batch], images: Array) -> Array:
     """Rewards [P, K] of images [P, K, H, W, 3], some of every group at a time."""
-    params = frozen.reward_params(program.reward_encoder)
+    (frozen, batch), scorer = inputs, program.scorer
     return map_images(
-        lambda part: program.reward.score(params, part, batch.reward_inputs)[0],
+        lambda part: scorer.reward.score(frozen.networks, part, batch.reward_inputs)[0],
         images,
-        program.config.batch.decode_images,
+        scorer.images,
     )
+
+
+def score_all(program: Program, inputs: tuple[Frozen, Batch], trajectory: Trajectory) -> Rollout:
+    """All that an update must know of the paths."""
+    return score(program.scorer, inputs, trajectory, program.drawing.group_size)[0]
+
+
+def update_all(
+    program: Program,
+    state: TrainState,
+    inputs: tuple[Frozen, Batch],
+    experience: Rollout,
+    key: Array,
+) -> tuple[TrainState, dict[str, Array]]:
+    """All updates of the iteration."""
+    return update(program.learner, state, inputs, experience, key)
 
 
 def entropy(
@@ -97,46 +114,40 @@ def entropy(
 ) -> Array:
     """Surprisals of images [P, K, H, W, 3], or of each step's prediction where perception is there.
 
-    `given` holds the features that the rewards have computed, {encoder: [P, K, d]}.
+    `given` holds the features that the rewards have computed, {space: [P, K, d]}.
     """
-    if program.config.perception.at == "steps":
-        return step_surprisal(program, frozen, trajectory, images.shape[0])
-    rest = {name: share for name, share in program.spaces.items() if name not in given}
-    features = _features_of(dataclasses.replace(program, spaces=rest), frozen, images)
-    return program.surprisal({**features, **given})
+    scorer = program.scorer
+    if scorer.at_steps is not None:
+        return step_surprisal(scorer, frozen, trajectory, program.drawing.group_size)
+    rest = _features(program, frozen, images, set(scorer.spaces) - set(given))
+    return scorer.surprisal({**rest, **given})
 
 
 def shared_features(program: Program, frozen: Frozen, images: Array) -> dict[str, Array]:
-    """Features {encoder: [P, K, d]} of the encoders that perception shares with a reward."""
-    rewards = program.reward_encoder.values()
-    shared = {name: share for name, share in program.spaces.items() if name in rewards}
-    return _features_of(dataclasses.replace(program, spaces=shared), frozen, images)
+    """Features {space: [P, K, d]} of the encoders that perception shares with a reward."""
+    return _features(program, frozen, images, shared_spaces(program))
 
 
-def _features_of(program: Program, frozen: Frozen, images: Array) -> dict[str, Array]:
-    if not program.spaces:
+def _features(program: Program, frozen: Frozen, images: Array, names: set[str]) -> dict[str, Array]:
+    spaces = {name: space for name, space in program.scorer.spaces.items() if name in names}
+    if not spaces:
         return {}
     return map_images(
-        lambda part: image_features(program, frozen, part),
+        lambda part: {name: space.of_images(frozen, part) for name, space in spaces.items()},
         images,
-        program.config.batch.decode_images,
+        program.scorer.images,
     )
 
 
 def _first_state(setup: Setup) -> TrainState:
     """A state of its own, for a contestant may donate it."""
-    make = functools.partial(
-        initial_state,
-        optimizer=setup.program.optimizer,
-        constraint_weight=setup.config.constraint.weight,
-    )
-    return jax.jit(make, out_shardings=setup.shardings)(setup.params)
+    return jax.jit(setup.program.initial_state, out_shardings=setup.shardings)(setup.params)
 
 
 def _stateful(step: Any, function: Callable, setup: Setup, *rest: PyTree) -> Compiled:
     """A compiled (state, ...) -> (state, metrics) that goes on from where it stands."""
     state = _first_state(setup)
-    count = flops.count(functools.partial(function, as_compiled(setup.program)), state, *rest)
+    count = _flops(setup, function, state, *rest)
     executable, seconds = _compile(setup, step, state, *rest)
     holder = [state]
     del state  # its buffers are given away below
@@ -151,7 +162,7 @@ def _stateful(step: Any, function: Callable, setup: Setup, *rest: PyTree) -> Com
 
 def _pure(setup: Setup, function: Callable, *arguments: PyTree) -> Compiled:
     """A compiled function of the program and of arguments that stay."""
-    count = flops.count(functools.partial(function, as_compiled(setup.program)), *arguments)
+    count = _flops(setup, function, *arguments)
     step = jax.jit(functools.partial(function, setup.program))
     executable, seconds = _compile(setup, step, *arguments)
 
@@ -160,6 +171,11 @@ def _pure(setup: Setup, function: Callable, *arguments: PyTree) -> Compiled:
 
     output = jax.block_until_ready(executable(*arguments))
     return Compiled(run, count, seconds, compiled_memory(executable), output)
+
+
+def _flops(setup: Setup, function: Callable, *arguments: PyTree) -> int:
+    with sharding.active(setup.mesh, setup.config):
+        return flops.count(functools.partial(function, as_compiled(setup.program)), *arguments)
 
 
 def _compile(setup: Setup, step: Any, *arguments: PyTree) -> tuple[Any, float]:

@@ -1,6 +1,6 @@
 """One velocity of Stable Diffusion 3.5 Medium at full size, ours against diffusers'.
 
-`python benchmarks/full_size.py --work=DIR`: random weights (they cannot be fetched everywhere),
+`python benchmarks/full_size.py --work=DIR`: random weights (the real ones need a licence),
 512 px, 205 text tokens, fp32. diffusers and we run one after the other in processes of their own,
 so that each one's peak memory is its own. Needs 10 GB of disk in DIR and 14 GB of memory, and
 takes some minutes on two cores. Prints one JSON object.

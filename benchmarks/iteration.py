@@ -18,10 +18,12 @@ and perception once, as the compiler has it) over seconds, devices and the peak 
 that are timed in turns with the rest (fp32 on a CPU, where it is that of all cores; else bf16).
 Of a CPU that was split into several devices, MFU is a rough number.
 
---against=METHOD times the same config under another constraint, twice where that constraint does
-not look at the surprisal. "METHOD" is what a run with it does: it measures the perceptual entropy
-all the same, to log it. "METHOD, unmeasured" has no perceptual encoder and no estimator in it: for
-METHOD=none that is plain Flow-GRPO's iteration, the fair denominator of what a constraint costs.
+--against=CONSTRAINTS times the same config under other constraints: none, or fields of
+config.constraints such as kl.weight=0.01, with commas between them; all others are off. It is timed
+twice where none of them looks at the surprisal. "CONSTRAINTS" is what a run with them does: it
+measures the perceptual entropy all the same, to log it. "CONSTRAINTS, unmeasured" has no perceptual
+encoder and no estimator in it: for none that is plain Flow-GRPO's iteration, the fair denominator
+of what a constraint costs.
 
 --torch: the same iteration with diffusers' and transformers' networks and the same weights, see
 torch_reference.py; on one device. On a CPU time it on an idle machine only: where another process
@@ -29,8 +31,8 @@ holds a core, torch's threads wait for one another, and one thread can be many t
 two; --torch_threads=1 --torch_threads=2 times both.
 
 --random fills the shapes of the config's models with random numbers, those of published models too
-(`pec_jax.families.published`), and reads no weights. At SD3.5-M's size on one GPU let the groups be
-few, as above: the iteration of the paper is 0.24 EFLOP.
+(`pec_jax.families.registry`), and reads no weights. At the size of SD3.5-M let the groups be few
+on one GPU, as above: the iteration of the paper is 0.24 EFLOP.
 """
 
 from __future__ import annotations
@@ -56,12 +58,12 @@ sys.path.insert(0, str(ROOT))  # for the configs, and for this directory by its 
 from benchmarks import contestants, setups, timing  # noqa: E402
 from pec_jax.config import ConfigError, from_config_dict  # noqa: E402
 from pec_jax.distributed import processes as hosts  # noqa: E402
-from pec_jax.errors import exit_with_sentence, quiet_libraries  # noqa: E402
+from pec_jax.errors import exit_on_user_error, quiet_libraries  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to time.")
 _RUNS = flags.DEFINE_integer("runs", 20, "Timed rounds.", lower_bound=1)
 _PHASES = flags.DEFINE_bool("phases", True, "Time the phases too, not only whole steps.")
-_AGAINST = flags.DEFINE_string("against", "", "Another constraint, such as none.")
+_AGAINST = flags.DEFINE_string("against", "", "Other constraints: none, or such as kl.weight=0.01.")
 _ESTIMATORS = flags.DEFINE_list("estimators", [], "Time the config with each of these.")
 _TORCH = flags.DEFINE_list("torch", [], "Time torch too: eager, compiled, or both.")
 _THREADS = flags.DEFINE_multi_integer(
@@ -103,14 +105,14 @@ def ours(setup: setups.Setup) -> tuple[Contest, dict[str, list[str]]]:
     contest.add(STEP, contestants.whole_step(setup))
     for estimator in _ESTIMATORS.value:
         name = f"{STEP}, {estimator}"
-        variant = setups.with_method(setup, estimator=estimator)
+        variant = setups.with_estimator(setup, estimator)
         contest.add(name, contestants.whole_step(variant))
         kinds["methods"].append(name)
     if other := _AGAINST.value:
-        variant = setups.with_method(setup, constraint=other)
+        variant = setups.with_constraints(setup, setups.constraint_sections(other))
         contest.add(other, contestants.whole_step(variant))
         kinds["against"].append(other)
-        if not setups.needs_perception(variant.config):
+        if not setups.reading_perception(variant):
             variant = setups.without_perception(variant)
             contest.add(other + UNMEASURED, contestants.whole_step(variant))
             kinds["against"].append(other + UNMEASURED)
@@ -271,12 +273,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--torch is eager, compiled, or both, not {', '.join(unknown)}.")
     if _TORCH.value:  # two libraries share one device's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with exit_with_sentence():
+    with exit_on_user_error():
         config = from_config_dict(_CONFIG.value)
         start = time.perf_counter()
         setup = setups.drawn(config) if _RANDOM.value else setups.loaded(config)
         result = {"load_s": time.perf_counter() - start} | measure(setup)
-        if not hosts.is_first():
+        if not hosts.is_primary():
             return
         show(result)
         if _JSON.value:

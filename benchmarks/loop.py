@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))  # for the configs, and for this directory by its 
 
 from benchmarks import contestants, setups, timing  # noqa: E402
 from pec_jax.config.schema import from_config_dict  # noqa: E402
-from pec_jax.errors import exit_with_sentence, quiet_libraries  # noqa: E402
-from pec_jax.training import trainer as train  # noqa: E402
+from pec_jax.errors import exit_on_user_error, quiet_libraries  # noqa: E402
+from pec_jax.training import trainer  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to time.")
 _TURNS = flags.DEFINE_integer("turns", 3, "Turns of both.", lower_bound=1)
@@ -45,7 +45,7 @@ def measured(config_dict: object, setup: setups.Setup) -> dict[str, list[float]]
     for turn in range(_TURNS.value):
         found[BARE] += [_seconds(step) for _ in range(_ITERATIONS.value)]
         with tempfile.TemporaryDirectory() as workdir:
-            train.train(config_dict, workdir)
+            trainer.train(config_dict, workdir)
             for number, seconds in _iterations(Path(workdir) / "metrics.jsonl"):
                 found[ALL].append(seconds)
                 if kind := kind_of(number):
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     config_dict.schedule.update(SCHEDULE)
     # Small evaluations: what they compute is the device's work, and not asked here.
     config_dict.eval.update({"num_prompts": config_dict.eval.groups, "entropy_probes": 0})
-    with exit_with_sentence():
+    with exit_on_user_error():
         found = measured(config_dict, setups.loaded(from_config_dict(config_dict)))
     bare = np.median(found[BARE])
     result = {

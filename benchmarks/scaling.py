@@ -1,9 +1,9 @@
-"""What a train step costs pods that are not there: `python benchmarks/scaling.py --results=DIR`.
+"""What a train step costs on pods you do not have: `python benchmarks/scaling.py --results=DIR`.
 
 Compiles Stable Diffusion 3.5 Medium (LoRA and all weights) and FLUX.1-dev (LoRA) with PEC for TPU
-slices of several sizes, at the same work a chip, and writes the table of docs/scaling.md. One
-process a row; finished rows lie in --results and are passed over, so that the command can be killed
-and given again. Minutes a row on two cores. Needs `pip install -e '.[tpu]'`.
+slices of several sizes, at the same work per chip, and writes the table of docs/scaling.md. One
+process per row; finished rows lie in --results and are skipped, so that the command can be killed
+and restarted. Minutes per row on two cores. Needs `pip install -e '.[tpu]'`.
 """
 
 from __future__ import annotations

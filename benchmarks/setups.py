@@ -1,41 +1,43 @@
 """What an iteration is made of, ready to be timed: from weights on the disk, or from shapes.
 
 `loaded` is what a run loads. `drawn` fills the shapes of the config's models, published ones too,
-with random numbers where they lie, so that a full-size step can be timed where the weights cannot
-be had: time depends on shapes alone.
+with random numbers where they lie, so that a full-size step can be timed where the weights are
+unavailable: time depends on shapes alone.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from pec_jax.rl.program import Frozen, Program
 
 from pec_jax.config import Config, ConfigError
+from pec_jax.config.registry import CONSTRAINTS
 from pec_jax.data.stream import PromptStream
 from pec_jax.distributed import mesh as sharding
+from pec_jax.perception.spaces import surprisal_function
 from pec_jax.profiling import aot as ahead
-from pec_jax.rl import program as program_lib
-from pec_jax.rl.constraints import get_constraint
+from pec_jax.rl.score import Space
+from pec_jax.rl.signals import PERCEPTUAL
+from pec_jax.rl.train_step import Program
 from pec_jax.training import build as assemble
-from pec_jax.types import Array, Batch, PyTree, TrainState
-
-# Constraints that do not look at the perceptual surprisal, in whatever space.
-_BLIND = ("none", "kl", "clip_higher")
+from pec_jax.types import Array, Batch, Frozen, PyTree, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """One program and its arguments, where they lie."""
 
+    config: Config
     program: Program
     mesh: Mesh
     shardings: TrainState  # where the state lies
@@ -44,28 +46,27 @@ class Setup:
     batch: Batch
     key: Array
 
-    @property
-    def config(self) -> Config:
-        """The program's."""
-        return self.program.config
-
 
 def loaded(config: Config) -> Setup:
-    """The config's models and first prompts, loaded and placed as `train` does it."""
+    """The config's models and first prompts, loaded and placed as the trainer does it."""
     mesh = sharding.make_mesh(config)
     place = sharding.placement(mesh, config)
-    world = assemble.make_world(config, place)
-    shardings = program_lib.state_shardings(world.program, world.params, world.param_axes, place)
-    groups = config.batch.groups
-    ids = PromptStream(len(world.train), groups, config.seed).ids(0)
+    experiment = assemble.build(config, place)
+    program = experiment.program
+    state = jax.eval_shape(program.initial_state, experiment.params)
+    optimizer = program.learner.optimizer
+    shardings = sharding.state_shardings(state, experiment.param_axes, optimizer, place)
+    groups, table = config.batch.groups, experiment.tables["train"]
+    ids = PromptStream(len(table), groups, config.seed).ids(0)
     ids = ids[sharding.local_groups(mesh, groups)]
     return Setup(
-        program=world.program,
+        config=config,
+        program=program,
         mesh=mesh,
         shardings=shardings,
-        params=jax.tree.map(sharding.put_array, world.params, shardings.params),
-        frozen=sharding.put_replicated(world.frozen, mesh),
-        batch=sharding.put_batch(world.train.gather(ids), mesh, groups),
+        params=jax.tree.map(sharding.put_array, experiment.params, shardings.params),
+        frozen=sharding.put_replicated(experiment.frozen, mesh),
+        batch=sharding.put_batch(table.gather(ids), mesh, groups),
         key=sharding.put_replicated(assemble.stream_key(config, assemble.TRAIN_STREAM), mesh),
     )
 
@@ -82,7 +83,7 @@ def drawn(config: Config) -> Setup:
         _draw, (params, arguments.frozen, arguments.batch)
     )
     key = sharding.put_replicated(assemble.stream_key(config, assemble.TRAIN_STREAM), mesh)
-    return Setup(program, mesh, shardings, params, frozen, batch, key)
+    return Setup(config, program, mesh, shardings, params, frozen, batch, key)
 
 
 def _draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
@@ -109,32 +110,84 @@ def _normal(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding) ->
     return jax.jit(draw, out_shardings=where)
 
 
-def with_method(setup: Setup, *, constraint: str = "", estimator: str = "") -> Setup:
-    """The same setup with another constraint, or another estimator of the perceptual entropy.
+def constraint_sections(text: str) -> dict[str, dict[str, Any]]:
+    """Fields of `config.constraints` from "none" or "pec.weight=1.5,pec.unit=reward_std".
+
+    Raises:
+      ConfigError: something else.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for part in [] if text == "none" else text.split(","):
+        path, equals, value = part.partition("=")
+        name, dot, field = path.partition(".")
+        if not (equals and dot):
+            raise ConfigError(
+                f"--against is {text!r}; give none, or fields of config.constraints such as "
+                "kl.weight=0.01, with commas between them."
+            )
+        try:
+            parsed = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            parsed = value
+        sections.setdefault(name, {})[field] = parsed
+    return sections
+
+
+def with_constraints(setup: Setup, sections: Mapping[str, Mapping[str, Any]]) -> Setup:
+    """The same setup with other constraints.
+
+    Args:
+      setup: of which all else stays.
+      sections: fields of `config.constraints`; those that are left out have their defaults, which
+        are off.
+
+    Raises:
+      ConfigError: a name or a field that does not exist, or methods that do not go together.
+    """
+    built = CONSTRAINTS.build_sections(sections, "config.constraints")
+    config = dataclasses.replace(setup.config, constraints=built)
+    assemble.check(config)
+    learner = setup.program.learner
+    constraints = assemble.make_constraints(config, learner.objective)
+    whole = sharding.replicated(setup.mesh)
+    states = jax.tree.map(lambda _: whole, constraints.initial_states())
+    return dataclasses.replace(
+        setup,
+        config=config,
+        program=dataclasses.replace(
+            setup.program, learner=dataclasses.replace(learner, constraints=constraints)
+        ),
+        shardings=setup.shardings.replace(constraints=states),
+    )
+
+
+def with_estimator(setup: Setup, estimator: str) -> Setup:
+    """The same setup with another estimator of the perceptual entropy.
 
     Raises:
       ConfigError: a name that does not exist.
     """
-    config = setup.config
-    if constraint:
-        changed = dataclasses.replace(config.constraint, name=constraint)
-        config = dataclasses.replace(config, constraint=changed)
-    if estimator:
-        changed = dataclasses.replace(config.perception, estimator=estimator)
-        config = dataclasses.replace(config, perception=changed)
-    assemble.check_names(config)
-    program = dataclasses.replace(
-        setup.program,
-        config=config,
-        constraint=get_constraint(config.constraint.name),
-        surprisal=assemble.surprisal_function(config, setup.program.step_std()),
+    perception = dataclasses.replace(setup.config.perception, estimator=estimator)
+    step_std = setup.program.learner.policy.sampler.step_std()
+    return dataclasses.replace(
+        setup,
+        config=dataclasses.replace(setup.config, perception=perception),
+        program=_rescored(setup.program, surprisal=surprisal_function(perception, step_std)),
     )
-    return dataclasses.replace(setup, program=program)
 
 
-def needs_perception(config: Config) -> bool:
-    """Whether the constraint looks at the surprisal of the images, or it is only logged."""
-    return config.constraint.name not in _BLIND and config.constraint.space == "perceptual"
+def _rescored(program: Program, **changes: Any) -> Program:
+    """The program with other parts of its scorer."""
+    return dataclasses.replace(program, scorer=dataclasses.replace(program.scorer, **changes))
+
+
+def reading_perception(setup: Setup) -> list[str]:
+    """Names of the constraints that look at the surprisal of the images."""
+    return [
+        constraint.name
+        for constraint, options in setup.program.learner.constraints
+        if constraint.uses_space and getattr(options, "space", PERCEPTUAL) == PERCEPTUAL
+    ]
 
 
 def without_perception(setup: Setup) -> Setup:
@@ -145,23 +198,28 @@ def without_perception(setup: Setup) -> Setup:
     mean nothing.
 
     Raises:
-      ConfigError: the constraint needs the surprisal.
+      ConfigError: a constraint needs the surprisal.
     """
-    config = setup.config
-    if needs_perception(config):
+    if readers := reading_perception(setup):
         raise ConfigError(
-            f"The constraint {config.constraint.name!r} needs the perceptual surprisal, so that "
-            "there is no iteration without it; leave perception out of 'none', 'kl' or "
-            "'clip_higher' only."
+            f"config.constraints.{readers[0]} needs the perceptual surprisal, so that there is no "
+            "iteration without it: turn it off."
         )
-    final = dataclasses.replace(config.perception, at="final")
-    program = dataclasses.replace(
+    program = _rescored(
         setup.program,
-        config=dataclasses.replace(config, perception=final),
-        features=dict.fromkeys(setup.program.features, _mean_color),
+        spaces=_in_mean_color(setup.program, set(setup.program.scorer.spaces)),
         surprisal=lambda features: jnp.zeros(next(iter(features.values())).shape[:-1]),
+        at_steps=None,
     )
-    return dataclasses.replace(setup, program=program)
+    drawing = dataclasses.replace(program.drawing, predictions=False)
+    return dataclasses.replace(setup, program=dataclasses.replace(program, drawing=drawing))
+
+
+def shared_spaces(program: Program) -> set[str]:
+    """Names of the perceptual spaces whose encoder is also a reward's."""
+    scorer = program.scorer
+    networks = {reward.network for reward in scorer.reward.rewards.values()}
+    return {name for name, space in scorer.spaces.items() if space.network in networks}
 
 
 def as_compiled(program: Program) -> Program:
@@ -169,14 +227,17 @@ def as_compiled(program: Program) -> Program:
 
     The compiler finds the two equal and runs one; FLOPs are counted before the compiler.
     """
-    shared = {name for name in program.spaces if name in program.reward_encoder.values()}
-    features = {
-        name: _mean_color if name in shared else function
-        for name, function in program.features.items()
-    }
-    if program.config.perception.at == "steps":  # other images than the reward's
+    if program.scorer.at_steps is not None:  # other images than the reward's
         return program
-    return dataclasses.replace(program, features=features)
+    return _rescored(program, spaces=_in_mean_color(program, shared_spaces(program)))
+
+
+def _in_mean_color(program: Program, names: set[str]) -> dict[str, Space]:
+    """The program's spaces, those of the given names with the image's mean colour for features."""
+    return {
+        name: dataclasses.replace(space, features=_mean_color) if name in names else space
+        for name, space in program.scorer.spaces.items()
+    }
 
 
 def _mean_color(params: PyTree, images: Array) -> Array:

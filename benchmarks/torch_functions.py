@@ -8,19 +8,23 @@ import math
 import torch
 from torch import Tensor
 
-from pec_jax.config import Config, ConfigError
+from pec_jax.config import Config, ConfigError, registry
 
-KERNELS, CONSTRAINTS = ("flow_sde",), ("none", "pec")
+KERNELS, OBJECTIVES, CONSTRAINTS = ("flow_sde",), ("grpo",), ("pec",)
 ESTIMATORS, REWARDS = ("gaussian", "knn"), ("clip", "pickscore")
 
 
 def check(config: Config) -> None:
     """Raises ConfigError for what this step does not know, in one sentence."""
-    used = [name for name, weight in config.rewards.items() if weight]
+    used = [name for name, options in config.rewards.items() if options.weight]
+    constraints = [
+        n for n, options in config.constraints.items() if registry.CONSTRAINTS[n].is_on(options)
+    ]
     for field, values, known in (
         ("sampler.kernel", [config.sampler.kernel], KERNELS),
-        ("constraint.name", [config.constraint.name], CONSTRAINTS),
-        ("constraint.space", [config.constraint.space], ("perceptual",)),
+        ("objective.name", [config.objective.name], OBJECTIVES),
+        ("constraints", constraints, CONSTRAINTS),
+        ("constraints.pec.space", [config.constraints["pec"].space], ("perceptual",)),
         ("perception.estimator", [config.perception.estimator], ESTIMATORS),
         ("perception.at", [config.perception.at], ("final",)),
         ("rewards", used, REWARDS),
@@ -45,14 +49,14 @@ class Signals:
 
 def signals(config: Config, rewards: Tensor, surprisal: Tensor) -> Signals:
     """The statistics of whole groups, from rewards and surprisals [P, K]."""
-    constraint = config.constraint
-    weight = 0.0 if constraint.name == "none" else constraint.weight
-    if constraint.unit == "reward_std":
+    pec = config.constraints["pec"]
+    weight = pec.weight
+    if pec.unit == "reward_std":
         weight = weight * rewards.std(dim=1, correction=0, keepdim=True)
     bonus = weight * surprisal
     shaped = rewards + bonus
     std = shaped.std(correction=0)
-    if config.grpo.advantage_std == "group":
+    if config.updates.advantage_std == "group":
         std = shaped.std(dim=1, correction=0, keepdim=True)
     wide = (rewards, bonus, shaped.mean(dim=1, keepdim=True), std)
     return Signals(*(a.expand(rewards.shape).reshape(-1) for a in wide))

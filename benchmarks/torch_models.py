@@ -21,12 +21,12 @@ from torch.nn import functional
 
 from benchmarks.setups import Setup
 from pec_jax.config import Config, ConfigError
+from pec_jax.io import read_json
 from pec_jax.perception.preprocessing import Preprocessor
 from pec_jax.profiling.aot import config_files
 from pec_jax.types import PyTree
 from pec_jax.weights.convert import to_torch
 from pec_jax.weights.lora_files import lora_to_torch
-from pec_jax.weights.tensors import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ENCODERS: dict[str, tuple[Any, Any]] = {
@@ -60,7 +60,7 @@ class Models:
 
     transformer: nn.Module
     vae: nn.Module
-    encoders: dict[str, nn.Module]  # those that the step looks through
+    encoders: dict[str, nn.Module]  # those that the step looks through, by our networks' keys
     preprocess: dict[str, Preprocessor]  # of each encoder
     lora: dict[str, nn.Parameter]  # by the names of a LoRA file, without the prefix
     device: torch.device
@@ -74,7 +74,6 @@ def load(setup: Setup, device: torch.device) -> Models:
     """
     config = setup.config
     _check(config)
-    used = set(setup.program.spaces) | set(filter(None, setup.program.reward_encoder.values()))
     encoders, preprocess = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         root = config_files(config.model.path, Path(scratch) / "pipeline", pipeline=True)
@@ -87,12 +86,12 @@ def load(setup: Setup, device: torch.device) -> Models:
         vae = _diffusers(
             diffusers.AutoencoderKL, root / "vae", setup.frozen.vae, DTYPES[config.model.vae_dtype]
         )
-        for name in sorted(used):
+        for key, (name, model) in _networks(setup).items():
             directory = root / "encoders" / name
-            if path := config.encoders[name]:
-                directory = config_files(path, Path(scratch) / name, pipeline=False)
-            encoders[name], preprocess[name] = _encoder(directory, setup.frozen.encoders[name])
-            encoders[name].to(device, DTYPES[config.model.encoder_dtype])
+            if model:
+                directory = config_files(model, Path(scratch) / name, pipeline=False)
+            encoders[key], preprocess[key] = _encoder(directory, setup.frozen.networks[key])
+            encoders[key].to(device, DTYPES[config.model.encoder_dtype])
     transformer.to(device)
     if config.model.remat == "full":
         transformer.enable_gradient_checkpointing()
@@ -101,6 +100,14 @@ def load(setup: Setup, device: torch.device) -> Models:
     lora = add_lora(transformer, config)
     set_lora(lora, setup.params)
     return Models(transformer, vae, encoders, preprocess, lora, device)
+
+
+def _networks(setup: Setup) -> dict[str, tuple[str, str]]:
+    """Key of each network that the step looks through -> its name, and its model in the config."""
+    config, scorer = setup.config, setup.program.scorer
+    spaces = {space.network: (n, config.encoders[n].model) for n, space in scorer.spaces.items()}
+    rewards = scorer.reward.rewards.items()
+    return spaces | {reward.network: (n, config.rewards[n].model) for n, reward in rewards}
 
 
 def _check(config: Config) -> None:

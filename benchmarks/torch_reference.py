@@ -46,10 +46,11 @@ class TorchStep:
     def __init__(self, setup: Setup, models: Models, *, compiled: bool = False):
         functions.check(setup.config)
         self.config, self.program, self.models = setup.config, setup.program, models
-        self.sigmas = [float(s) for s in setup.program.sigmas]
-        self.trained = [int(t) for t in setup.program.trained_steps]
+        sampler = setup.program.learner.policy.sampler
+        self.sigmas = [float(s) for s in sampler.sigmas]
+        self.trained = [int(t) for t in sampler.trained_steps]
         self.bandwidth = setup.config.perception.bandwidth or float(
-            schedule_bandwidth(setup.program.step_std())
+            schedule_bandwidth(sampler.step_std())
         )
         self.dtype = torch_models.DTYPES[self.config.model.dtype]
         batch = host_batch(setup)
@@ -151,40 +152,42 @@ class TorchStep:
         return torch_models.as_8bit(parts * 0.5 + 0.5)
 
     @torch.inference_mode()
-    def features(self, name: str, images: Tensor) -> Tensor:
+    def features(self, network: str, images: Tensor) -> Tensor:
         """Features [N, d] of images [N, 3, H, W] by one encoder."""
-        settings = self.models.preprocess[name]
+        settings = self.models.preprocess[network]
         return self.in_pieces(
-            lambda part: self._features[name](torch_models.preprocessed(settings, part)), images
+            lambda part: self._features[network](torch_models.preprocessed(settings, part)), images
         )
 
     @torch.inference_mode()
     def rewards(self, features: dict[str, Tensor]) -> Tensor:
-        """Weighted rewards [P, K] from the features of the rewards' encoders."""
+        """Weighted rewards [P, K] from the features of the rewards' networks."""
         total = torch.zeros((), device=self.models.device)
-        for name, weight in self.program.reward.weights.items():
-            unit = torch.nn.functional.normalize(features[name], dim=-1)
+        combined = self.program.scorer.reward
+        for name, weight in combined.weights.items():
+            network = combined.rewards[name].network
+            unit = torch.nn.functional.normalize(features[network], dim=-1)
             unit = unit.reshape(*self.shape, -1)
             part = torch.einsum("pkd,pd->pk", unit, self.reward_inputs[name])
             if name == "pickscore":
-                part = part * self.models.encoders[name].logit_scale.float().exp()
+                part = part * self.models.encoders[network].logit_scale.float().exp()
                 part = part / PICKSCORE_SCALE
             total = total + weight * part
         return total
 
     @torch.inference_mode()
     def surprisal(self, features: dict[str, Tensor]) -> Tensor:
-        """Perceptual surprisals [P, K] from the features of the perception's encoders."""
+        """Perceptual surprisals [P, K] from the features of the spaces' networks."""
         perception, total = self.config.perception, torch.zeros((), device=self.models.device)
-        for name, share in self.program.spaces.items():
-            f = torch.nn.functional.normalize(features[name], dim=-1)
+        for space in self.program.scorer.spaces.values():
+            f = torch.nn.functional.normalize(features[space.network], dim=-1)
             f = f.reshape(*self.shape, -1)
             if perception.scale == "unit_sqrt_d":
                 f = f * math.sqrt(f.shape[-1])
             if perception.estimator == "knn":
-                total = total + share * functions.knn_surprisal(f, perception.k)
+                total = total + space.share * functions.knn_surprisal(f, perception.k)
             else:
-                total = total + share * functions.gaussian_surprisal(f, self.bandwidth)
+                total = total + space.share * functions.gaussian_surprisal(f, self.bandwidth)
         return total
 
     def update(self, trajectory: Trajectory, rewards: Tensor, surprisal: Tensor) -> dict[str, Any]:
@@ -192,7 +195,7 @@ class TorchStep:
 
         The drift is the largest difference of the first update's log-probs to the rollout's.
         """
-        config, batch = self.config.grpo, self.config.batch
+        config, batch = self.config.updates, self.config.batch
         # Copies are no inference tensors any more.
         found = functions.signals(self.config, rewards.clone(), surprisal.clone())
         path = trajectory.x_t.clone(), trajectory.x_next.clone()
@@ -224,10 +227,12 @@ class TorchStep:
 
     def _loss(self, found: Any, images: Tensor, logp: Tensor, before: Tensor) -> Tensor:
         """The clipped loss of one micro-batch."""
-        config = self.config.grpo
+        clip, objective = self.config.updates.advantage_clip, self.config.objective.options
         ratio = (logp.detach() - before).exp()
-        advantage = functions.advantages(found, images, ratio, config.advantage_clip)
-        return functions.policy_loss(logp, before, advantage, config.clip_low, config.clip_high)
+        advantage = functions.advantages(found, images, ratio, clip)
+        return functions.policy_loss(
+            logp, before, advantage, objective.clip_low, objective.clip_high
+        )
 
     def _step_log_prob(self, path, step: int, images: Tensor, groups: Tensor) -> Tensor:
         """logp [n] of some images' step under the present policy."""
@@ -238,7 +243,7 @@ class TorchStep:
     def _old_log_probs(self, path, pieces: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
         """logp [T, N] before the first update; the first mini-batch only if it comes again."""
         logp = torch.zeros(path[0].shape[:2], device=self.models.device)
-        for part in pieces[0 if self.config.grpo.epochs > 1 else 1 :]:
+        for part in pieces[0 if self.config.updates.epochs > 1 else 1 :]:
             for t in self.trained:
                 for images, groups in part:
                     logp[t, images] = self._step_log_prob(path, t, images, groups)
@@ -291,7 +296,7 @@ class TorchStep:
     def iteration(self) -> dict[str, float]:
         """One whole iteration; seconds of each phase."""
         seconds: dict[str, float] = {}
-        shape = self.program.latent_shape
+        shape = self.program.learner.policy.latent_shape
         size = (math.prod(self.shape), shape[2], *shape[:2])
         device = self.models.device
         with self._clock(seconds, "rollout"):
@@ -301,12 +306,13 @@ class TorchStep:
         with self._clock(seconds, "decode"):
             images = self.decode(trajectory.x_0)
         with self._clock(seconds, "score"):
-            names = set(filter(None, self.program.reward_encoder.values()))
-            features = {name: self.features(name, images) for name in names}
+            scorer = self.program.scorer
+            networks = {reward.network for reward in scorer.reward.rewards.values()}
+            features = {network: self.features(network, images) for network in networks}
             rewards = self.rewards(features)
         with self._clock(seconds, "entropy"):
-            for name in set(self.program.spaces) - names:
-                features[name] = self.features(name, images)
+            for network in {space.network for space in scorer.spaces.values()} - networks:
+                features[network] = self.features(network, images)
             surprisal = self.surprisal(features)
         with self._clock(seconds, "update"):
             self.update(trajectory, rewards, surprisal)

@@ -1,7 +1,7 @@
 """Every field with its default; the other configs are small deltas to this one.
 
 The values are Flow-GRPO's for Stable Diffusion 3 (arXiv 2505.05470) where it has them, and
-PEC's (arXiv 2605.12112) for the constraint. Paths and sizes are those of the embedded model.
+PEC's (arXiv 2605.12112) for the perceptual entropy. Paths and sizes are the embedded model's.
 
 Command: not meant to be run by itself; see shapes_pec.py.
 """

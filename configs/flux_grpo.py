@@ -17,7 +17,7 @@ Command: python -m pec_jax.main --config=configs/flux_grpo.py --workdir=runs/flu
 
 from ml_collections import ConfigDict
 
-from configs import sd3_grpo
+from pec_jax.configs import sd3_grpo
 
 
 def get_config() -> ConfigDict:
@@ -36,5 +36,5 @@ def get_config() -> ConfigDict:
             ),
         }
     )
-    config.mesh.update({"data": -1, "fsdp": 4})  # 6 GB of weights a chip
+    config.mesh.update({"data": -1, "fsdp": 4})  # 6 GB of weights per chip
     return config

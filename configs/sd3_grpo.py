@@ -2,17 +2,17 @@
 
 Paper: arXiv 2605.12112, Table 1, row "Flow-GRPO" (there of FLUX.1-dev); hyper-parameters of
     Flow-GRPO (arXiv 2505.05470) for Stable Diffusion 3.5 Medium: 512 px, 10 steps, guidance 4.5 in
-    rollout and loss, 48 prompts x 24 images an iteration, 2 updates, LoRA of rank 32.
+    rollout and loss, 48 prompts x 24 images per iteration, 2 updates, LoRA of rank 32.
 Expected: PickScore rises by 0.015 to 0.02; the variance within a prompt falls several times.
 Chips: 16 of TPU v5e or more.
-Cost: 207 TFLOP an image, so 0.24 EFLOP an iteration: about 3 minutes on 16 v5e at 40% of their
+Cost: 207 TFLOP per image, so 0.24 EFLOP per iteration: about 3 minutes on 16 v5e at 40% of their
     peak, computed and not measured.
 
 Models, once (accept the licence on the model's page first):
     hf download stabilityai/stable-diffusion-3.5-medium --local-dir models/sd3.5-medium
     hf download yuvalkirstain/PickScore_v1 --local-dir models/PickScore_v1
     hf download facebook/dino-vitb16 --local-dir models/dino-vitb16
-Prompts: prompts/train.txt and prompts/heldout.txt, one a line, such as Pick-a-Pic's. Embed them
+Prompts: prompts/train.txt and prompts/heldout.txt, one per line, such as Pick-a-Pic's. Embed them
 once, so that T5-XXL need not live beside the policy:
     python -m pec_jax.embed --model=models/sd3.5-medium --dtype=bfloat16 --t5_length=128 \\
         --prompts=prompts/train.txt --prompts=prompts/heldout.txt --out=embeddings/sd3
@@ -22,7 +22,7 @@ Command: python -m pec_jax.main --config=configs/sd3_grpo.py --workdir=runs/sd3_
 
 from ml_collections import ConfigDict
 
-from configs import base
+from pec_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ Command: python -m pec_jax.main --config=configs/shapes_grpo.py --workdir=runs/s
 
 from ml_collections import ConfigDict
 
-from configs import base
+from pec_jax.configs import base
 
 
 def get_config() -> ConfigDict:

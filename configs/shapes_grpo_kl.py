@@ -6,7 +6,7 @@ Command: python -m pec_jax.main --config=configs/shapes_grpo_kl.py --workdir=run
 
 from ml_collections import ConfigDict
 
-from configs import shapes_grpo
+from pec_jax.configs import shapes_grpo
 
 
 def get_config() -> ConfigDict:

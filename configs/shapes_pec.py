@@ -1,4 +1,4 @@
-"""Flow-GRPO with a perceptual entropy constraint on the embedded shapes model: the cure.
+"""Flow-GRPO with a perceptual entropy constraint on the embedded shapes model.
 
 Paper: arXiv 2605.12112, Table 1, rows "PEC", at the scale of a laptop.
 Command: python -m pec_jax.main --config=configs/shapes_pec.py --workdir=runs/shapes_pec
@@ -6,7 +6,7 @@ Command: python -m pec_jax.main --config=configs/shapes_pec.py --workdir=runs/sh
 
 from ml_collections import ConfigDict
 
-from configs import shapes_grpo
+from pec_jax.configs import shapes_grpo
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,7 @@
 """The paradox and the cure, over several seeds: `python launch/paradox.py --out=docs/results`.
 
-Runs configs/shapes_grpo.py and configs/shapes_pec.py for each seed (finished runs are passed
-over, interrupted ones go on), then writes `paradox.md` with the numbers and their spread, and the
+Runs configs/shapes_grpo.py and configs/shapes_pec.py for each seed (finished runs are skipped,
+interrupted ones resume), then writes `paradox.md` with the numbers and their spread, and the
 sample grids `base.png`, `grpo.png` and `pec.png` of the first seed, all with the same prompts and
 noise.
 """
@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-_OUT = flags.DEFINE_string("out", "docs/results", "Where the table and the grids are written.")
-_RUNS = flags.DEFINE_string("runs", "runs/paradox", "Where the run directories lie.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each config.")
+from pec_jax.errors import RunError
+from pec_jax.evaluation.run_table import check_schema
+
+_OUT = flags.DEFINE_string("out", "docs/results", "Directory of the table and the grids.")
+_RUNS = flags.DEFINE_string("runs", "runs/paradox", "Directory of the run directories.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds that each config is trained on.")
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ("shapes_grpo", "shapes_pec")
@@ -42,14 +45,19 @@ def run(config: str, seed: str, runs: Path) -> Path:
 
 
 def measure(directory: Path) -> dict[str, float]:
-    """What the claim is about, of one run; shares are of the base model's numbers."""
+    """What the claim is about, of one run; shares are of the base model's numbers.
+
+    Raises:
+        RunError: a run of an earlier version.
+    """
     result = json.loads((directory / "eval.json").read_text(encoding="utf-8"))
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    check_schema(config, directory / "config.json")
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines if '"entropy/policy"' in line]
     entropies = [step["entropy/policy"] for step in steps]
     sampled = [step["entropy/policy_mc"] for step in steps]
-    reward = max(config["rewards"], key=config["rewards"].get)
+    reward = max(config["rewards"], key=lambda name: config["rewards"][name]["weight"])
     variance = f"diversity/variance_{config['perception']['encoder']}"
     seconds = [step["time/step_seconds"] for step in steps[1:]]
     return {
@@ -71,7 +79,7 @@ def measure(directory: Path) -> dict[str, float]:
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Mean and range over the seeds, a column a config."""
+    """Mean and range over the seeds, one column per config."""
     names = list(next(iter(rows.values()))[0])
     lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---:|" * len(rows)]
     for name in names:
@@ -122,7 +130,10 @@ def main(argv: list[str]) -> None:
     out, runs = Path(_OUT.value), Path(_RUNS.value)
     out.mkdir(parents=True, exist_ok=True)
     directories = {name: [run(name, seed, runs) for seed in _SEEDS.value] for name in CONFIGS}
-    rows = {name: [measure(d) for d in ds] for name, ds in directories.items()}
+    try:
+        rows = {name: [measure(d) for d in ds] for name, ds in directories.items()}
+    except RunError as error:
+        sys.exit(f"Error: {error}")
     copy_grids({name: ds[0] for name, ds in directories.items()}, out)
     text = f"""# The paradox and the cure
 

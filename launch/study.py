@@ -4,8 +4,8 @@
 
 First every method's own parameter is chosen by the same grid of three values, on a seed that is
 not reported; then all rows of the table are trained for every seed and both rewards; then the
-tables, figures and reports are made. Finished runs are passed over, interrupted ones go on, and
-so the command can be killed and given again. `--quick` is a version of ten minutes: one reward,
+tables, figures and reports are made. Finished runs are skipped and interrupted ones resume, so
+the command can be killed and rerun at any time. `--quick` is a version of ten minutes: one reward,
 a few rows, with the parameters that were chosen before. `--from_archive` makes the tables from
 the runs that are kept in runs.tar.xz beside them, in two minutes and without training.
 """
@@ -35,11 +35,11 @@ TARGETS = ("0.85", "1.0", "1.15")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method in a space, and the grid of its own parameter."""
+    """A constraint in a space, and the grid of its own parameter; "none" is plain Flow-GRPO."""
 
     name: str
     space: str = ""  # latent, or an encoder
-    field: str = "weight"  # of config.constraint
+    field: str = "weight"  # of config.constraints.NAME
     grid: tuple[str, ...] = ()
     rows: int = 1  # how many of the grid's values make a row of the table
     extra: tuple[tuple[str, str], ...] = ()
@@ -53,26 +53,26 @@ class Method:
 
     def overrides(self, value: str = "") -> dict[str, str]:
         """What its runs set in the config."""
-        result = {"constraint.name": self.name, **dict(self.extra)}
+        result = dict(self.extra)
         if self.space == "latent":
-            result["constraint.space"] = "latent"
+            result[f"constraints.{self.name}.space"] = "latent"
         elif self.space:
             result["perception.encoder"] = self.space
-        return result | ({f"constraint.{self.field}": value} if value else {})
+        return result | ({f"constraints.{self.name}.{self.field}": value} if value else {})
 
 
-DUAL = (("constraint.weight", "3.0"), ("constraint.rate", "2.0"))
+DUAL = (("constraints.pec_target.weight", "3.0"), ("constraints.pec_target.rate", "2.0"))
 ALL = "dino+clip+pickscore"  # the three spaces at once
 TUNING_ITERATIONS = 24  # of the 40 of a reported run
 LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages
 METHODS = (
     Method("none"),
     Method("kl", grid=("0.1", "0.3", "1.0")),
-    Method("clip_higher", field="clip_ratio", grid=("1.4", "2.8", "5.6")),
+    Method("clip_higher", field="ratio", grid=("1.4", "2.8", "5.6")),
     Method("entropy_reg", "latent", grid=LOSS),
     Method("entropy_reg", "pickscore", grid=LOSS),
-    Method("clip_cov", "latent", field="cov_share", grid=("0.25", "0.5", "1.0")),
-    Method("clip_cov", "pickscore", field="cov_share", grid=("0.25", "0.5", "1.0")),
+    Method("clip_cov", "latent", field="share", grid=("0.25", "0.5", "1.0")),
+    Method("clip_cov", "pickscore", field="share", grid=("0.25", "0.5", "1.0")),
     Method("kl_cov", "latent", grid=LOSS),
     Method("kl_cov", "pickscore", grid=LOSS),
     Method("pec", "dino", grid=WEIGHTS, rows=2),
@@ -93,7 +93,8 @@ QUICK = ("none", "kl", "pec-dino", "pec-pickscore")
 def reward_overrides(reward: str) -> dict[str, str]:
     """Trains on one reward; the others are measured in the evaluation."""
     names = ("pickscore", "clip", "attributes")
-    return {f"rewards.{name}": "1.0" if name == reward else "0.0" for name in names}
+    weights = {f"rewards.{name}.weight": "1.0" if name == reward else "0.0" for name in names}
+    return weights | {f"rewards.{name}.evaluate": "True" for name in names}
 
 
 def job(directory: Path, seed: str, reward: str, method: Method, value: str, **more: str):
@@ -151,7 +152,7 @@ def ranked(record: dict[str, dict[str, float]]) -> dict[str, list[str]]:
 
 
 def parameter_fields() -> dict[str, str]:
-    """method label -> the field of config.constraint that its grid varies."""
+    """method label -> the field of its constraint that its grid varies."""
     return {method.label: method.field for method in (*METHODS, *ESTIMATORS) if method.grid}
 
 
@@ -235,27 +236,46 @@ def quick(
     study_claims.write(runs, out, [TUNING_REWARD])
 
 
+def check(runs: Path, archive: Path | None = None) -> None:
+    """Ends the program if the runs there, or those to be unpacked, are of an earlier version.
+
+    Args:
+        runs: where the run directories lie.
+        archive: directory of an archive to unpack there first.
+    """
+    from pec_jax.errors import RunError
+
+    try:
+        if archive is not None:
+            study_archive.unpack(archive, runs)
+        study_archive.check_runs(runs)
+    except (RunError, OSError) as error:
+        sys.exit(f"Error: {error}")
+
+
 def main(argv: list[str]) -> None:
     """Tunes, trains, compares."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     runs, out = Path(_RUNS.value).absolute(), Path(_OUT.value).absolute()
     if _QUICK.value:
+        check(runs / "quick")
         chosen = ranked(json.loads(TUNED.read_text(encoding="utf-8"))["overall"])
         quick(runs / "quick", runs / "quick" / "results", chosen, _SEEDS.value, _JOBS.value)
         return
-    if _FROM_ARCHIVE.value:
-        study_archive.unpack(out, runs)
+    check(runs, archive=out if _FROM_ARCHIVE.value else None)
     chosen = choose(runs, out, _JOBS.value)
     train_and_compare(runs, out, chosen, _SEEDS.value, _JOBS.value)
     study_archive.pack(runs, out)
 
 
 if __name__ == "__main__":
-    _RUNS = flags.DEFINE_string("runs", "runs/study", "Where the run directories lie.")
-    _OUT = flags.DEFINE_string("out", "docs/results/study", "Where tables and figures go.")
-    _SEEDS = flags.DEFINE_list("seeds", list(SEEDS), "Seeds of every row.")
-    _JOBS = flags.DEFINE_integer("jobs", 2, "Runs at the same time.", lower_bound=1)
-    _FROM_ARCHIVE = flags.DEFINE_bool("from_archive", False, "Take the runs kept in --out.")
-    _QUICK = flags.DEFINE_bool("quick", False, "Ten minutes instead of hours.")
+    _RUNS = flags.DEFINE_string("runs", "runs/study", "Directory of the run directories.")
+    _OUT = flags.DEFINE_string("out", "docs/results/study", "Directory of tables and figures.")
+    _SEEDS = flags.DEFINE_list("seeds", list(SEEDS), "Seeds that every row is trained on.")
+    _JOBS = flags.DEFINE_integer("jobs", 2, "Number of runs at the same time.", lower_bound=1)
+    _FROM_ARCHIVE = flags.DEFINE_bool(
+        "from_archive", False, "Start from the runs kept in --out/runs.tar.xz."
+    )
+    _QUICK = flags.DEFINE_bool("quick", False, "Train four rows on one reward: ten minutes.")
     app.run(main)

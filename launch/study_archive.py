@@ -37,10 +37,29 @@ def unpack(out: Path, runs: Path) -> None:
 
     Raises:
         FileNotFoundError: `out` holds no archive.
+        RunError: its runs are of an earlier version; nothing is unpacked.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    from pec_jax.evaluation import run_table
+
     with tarfile.open(out / NAME) as archive:
+        for member in archive:
+            if member.name.endswith("/config.json"):
+                config = json.load(archive.extractfile(member))
+                run_table.check_schema(config, out / NAME / member.name)
+        runs.mkdir(parents=True, exist_ok=True)
         archive.extractall(runs, filter="data")  # nothing outside of `runs`, no links, no devices
+
+
+def check_runs(runs: Path) -> None:
+    """Refuses runs of an earlier version, before any training.
+
+    Raises:
+        RunError: there is one below `runs`.
+    """
+    from pec_jax.evaluation import run_table
+
+    for path in sorted(runs.glob("*/*/config.json")):
+        run_table.check_schema(json.loads(path.read_text(encoding="utf-8")), path)
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -111,7 +111,7 @@ def _targets_held(directories: Sequence[Path]) -> str:
 def target_held(directory: Path) -> dict[str, float]:
     """How far a pec_target run's perceptual entropy is from its target after warm-up."""
     after = [step for step in _steps(directory) if step["step"] > WARM_UP]
-    target = after[0]["constraint/target"]
+    target = after[0]["constraint/pec_target/target"]
     mean = float(np.mean([step["entropy/perceptual"] for step in after]))
     return {
         "target": target,

@@ -1,11 +1,11 @@
 """Ablations: every combination of `--config.x=a,b,c`, here or on a cluster, then `compare`.
 
     python launch/sweep.py --config=configs/shapes_pec.py --runs=runs/weights \\
-        --config.constraint.weight=0.5,1,2 --config.seed=0,1,2
+        --config.constraints.pec.weight=0.5,1,2 --config.seed=0,1,2
 
-Finished runs are passed over and interrupted ones go on from their checkpoints, so that the same
-command may be killed and given again at any time. `--print` shows one command a job instead, for
-the queue of a cluster. A value that itself holds commas goes in brackets or quotes: (0.5,1.0).
+Finished runs are skipped and interrupted ones resume from their checkpoints, so the same command
+can be killed and rerun at any time. `--print` shows one command per job instead, for the queue of
+a cluster. A value that itself holds commas goes in brackets or quotes: (0.5,1.0).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """What starts it, and goes on with it."""
+        """What starts or resumes it."""
         return [
             sys.executable,
             "-m",
@@ -130,7 +130,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> list[Job]:
             if not future.result():
                 failed.append(job)
     if running.stopping:
-        sys.exit("Stopped; the same command goes on from here.")
+        sys.exit("Stopped; the same command resumes from here.")
     return failed
 
 
@@ -267,9 +267,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = flags.DEFINE_string("config", None, "Config file of all runs.")
-    _RUNS = flags.DEFINE_string("runs", "runs/sweep", "Where the run directories are written.")
-    _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at the same time.", lower_bound=1)
-    _PRINT = flags.DEFINE_bool("print", False, "Print one command a job and run nothing.")
+    _CONFIG = flags.DEFINE_string("config", None, "Config file that all runs share.")
+    _RUNS = flags.DEFINE_string("runs", "runs/sweep", "Directory of the run directories.")
+    _JOBS = flags.DEFINE_integer("jobs", 1, "Number of runs at the same time.", lower_bound=1)
+    _PRINT = flags.DEFINE_bool("print", False, "Print one command per job and run nothing.")
     _arguments, _overrides = take_overrides(sys.argv)
     app.run(main, argv=_arguments)

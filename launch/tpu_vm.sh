@@ -11,7 +11,7 @@ Trains on a Cloud TPU VM, of one host or a whole pod slice, over ssh.
     bash launch/tpu_vm.sh stop     # saves and stops; returns when all have ended
 
 start copies the commit that is checked out here to every host, installs it and starts the run,
-which then needs no ssh. Given again it does nothing while the run runs, and else goes on with it.
+which then needs no ssh. Started again, it does nothing while the run is alive, and else resumes it.
 All hosts must see --workdir: with BUCKET, that bucket is mounted on /mnt/runs; without it, choose
 a directory on a file system that they share. Making the slice, and deleting it, is up to you:
 

@@ -1,4 +1,4 @@
-"""Compiles for TPUs that are not there: `python -m pec_jax.aot --config=F.py --topology=v5e:4x4`.
+"""Compiles for TPUs you do not have: `python -m pec_jax.aot --config=F.py --topology=v5e:4x4`.
 
 Compiles the train step of a config, as it would run, for a TPU topology, on any machine with
 `pip install 'pec_jax[tpu]'`. One JSON object on standard output, per chip and step: parameters,
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax.errors import exit_on_user_error
 
 _CONFIG = command_line.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Kind of chip and their grid.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Kind and grid of the chips, as in v5e:4x4.")
 
-# Most to gain first; what each costs is said beside the field in config.py.
+# Most to gain first; what each costs is said beside the field in config/schema.py.
 ADVICE = (
     "It does not fit. Lower config.batch.update_images, decode_images or rollout_images; set "
     "config.model.remat=full; raise config.mesh.fsdp; keep weights in bfloat16 "
@@ -31,25 +30,22 @@ ADVICE = (
 
 def main(argv: list[str]) -> None:
     """Parses, compiles, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not _CONFIG.value:
-        raise app.UsageError("--config is missing; see --help.")
+    command_line.refuse_arguments(argv)
     # Before jax looks for the TPU that is not there, and asks it about itself.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that two could fight over
     from pec_jax.config.schema import from_config_dict
-    from pec_jax.profiling import aot as ahead
 
-    with exit_with_sentence():
-        found = ahead.report(from_config_dict(_CONFIG.value), _TOPOLOGY.value)
+    with exit_on_user_error():
+        config = from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
+        from pec_jax.profiling import aot as ahead
+
+        found = ahead.report(config, _TOPOLOGY.value)
     print(json.dumps(found, indent=2))
     if not found["fits"]:
         logging.warning(ADVICE)
 
 
 if __name__ == "__main__":
-    command_line.make_configs_importable(sys.argv)
-    quiet_libraries()
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

@@ -1,39 +1,36 @@
-"""Compares: `python -m pec_jax.compare RUN_DIR... --out=DIR`, or `--table=F.csv --out=DIR`.
+"""Compares finished runs: `python -m pec_jax.compare RUN_DIR... --out=DIR`.
 
 Writes the paper's normalised table (`table.csv`, `table.md`), its figures (`figures/*.png`) and
-`report.html`. A RUN_DIR may also be a directory of run directories.
+`report.html`. A RUN_DIR may also be a directory of run directories; `--table=F.csv` compares the
+rows of a table instead.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax import command_line, io
+from pec_jax.errors import exit_on_user_error
 
 _TABLE = flags.DEFINE_string(
-    "table", None, "A csv with the columns method, quality/*, diversity/*."
+    "table", None, "Csv file with the columns method, quality/* and diversity/*."
 )
-_OUT = flags.DEFINE_string("out", None, "Directory to write to.")
+_OUT = command_line.required_string("out", "Directory to write to.")
 
 
 def main(argv: list[str]) -> None:
     """Parses, compares; a mistake of the user becomes one sentence and exit status 2."""
-    if not _OUT.value:
-        raise app.UsageError("--out is missing; see --help.")
     if bool(_TABLE.value) == bool(argv[1:]):
         raise app.UsageError("give either run directories or --table=F.csv; see --help.")
     from pec_jax.evaluation import comparison  # imports matplotlib; --help need not wait for it
 
-    with exit_with_sentence():
-        out = Path(_OUT.value).expanduser()
+    with exit_on_user_error():
+        out = io.path(_OUT.value)
         if _TABLE.value:
-            comparison.compare_csv(Path(_TABLE.value).expanduser(), out)
+            comparison.compare_csv(io.path(_TABLE.value), out)
         else:
-            comparison.compare_runs([Path(p).expanduser() for p in argv[1:]], out)
+            comparison.compare_runs([io.path(name) for name in argv[1:]], out)
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    app.run(main)
+    command_line.run(main)

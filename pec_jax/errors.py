@@ -34,26 +34,40 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says why and what to do."""
 
 
+class FileError(ValueError):
+    """A file that cannot be used; the message names it and says what to do."""
+
+
 @contextlib.contextmanager
-def exit_with_sentence() -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """Turns the errors a user can mend into `Error: ...` and exit status 2.
 
     With `--verbosity=1` the stack trace is kept, for those who mend the program instead.
     """
     try:
         yield
-    except (ValueError, OSError, RunError) as error:
-        if logging.get_verbosity() >= logging.DEBUG:
+    except Exception as error:
+        mendable = isinstance(error, ValueError | OSError | RunError) or _is_of_storage(error)
+        if not mendable or logging.get_verbosity() >= logging.DEBUG:
             raise
-        sys.exit(_fail(_sentence(error)))
+        sys.exit(report(_sentence(error)))
 
 
-def _fail(sentence: str) -> int:
+def report(sentence: str) -> int:
+    """Prints `Error: ...`; returns the exit status of a mistake, 2."""
     print(f"Error: {sentence}", file=sys.stderr)
     return 2
 
 
+def _is_of_storage(error: Exception) -> bool:
+    """Whether tensorflow raised it, which is here for files on gs:// alone."""
+    return any(kind.__module__.startswith("tensorflow.") for kind in type(error).__mro__)
+
+
 def _sentence(error: Exception) -> str:
+    if _is_of_storage(error):
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300].rstrip(".")
+        return f"the bucket cannot be used: {reason}. Check its name, and `gcloud auth login`."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({error.filename or 'while writing'}): free space and run again."
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -1,4 +1,4 @@
-"""Trains: `python -m pec_jax.main --config=configs/shapes_pec.py --workdir=DIR [--config.a.b=v]`.
+"""Fine-tunes a model: `python -m pec_jax.main --config=shapes_pec --workdir=DIR [--config.a.b=v]`.
 
 Resumes if DIR holds a checkpoint of the same config. On several hosts, start the same command on
 each with --distributed.
@@ -6,15 +6,15 @@ each with --distributed.
 
 from __future__ import annotations
 
-import sys
-
 from absl import app, flags
 
 from pec_jax import command_line
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax.errors import exit_on_user_error
 
 _CONFIG = command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written, and resumed from.")
+_WORKDIR = command_line.required_string(
+    "workdir", "Directory that the run is written to, and resumed from."
+)
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume a run although its config differs from this one."
 )
@@ -22,46 +22,43 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Train together with the other processes that run this command."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0; found by itself on TPU pods and under Slurm."
+    "coordinator", None, "host:port of process 0; detected on TPU pods and under Slurm."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How many processes train together; found likewise.", lower_bound=1
+    "num_processes",
+    None,
+    "Number of processes that train together; detected likewise.",
+    lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this is, from 0; found likewise.", lower_bound=0
+    "process_id", None, "Index of this process, from 0; detected likewise.", lower_bound=0
 )
 
 
 def main(argv: list[str]) -> None:
     """Parses, validates, trains; a mistake of the user becomes one sentence and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    for flag in (_CONFIG, _WORKDIR):
-        if not flag.value:
-            raise app.UsageError(f"--{flag.name} is missing; see --help.")
+    command_line.refuse_arguments(argv)
     joining = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
     for flag in joining:
         if flag.value is not None and not _DISTRIBUTED.value:
             raise app.UsageError(f"--{flag.name} means nothing without --distributed.")
-    from pec_jax.distributed import processes as hosts
-    from pec_jax.training import trainer as train
+    from pec_jax.config.schema import from_config_dict
 
-    with exit_with_sentence():
+    with exit_on_user_error():
+        from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
+        from pec_jax.distributed import processes as hosts
+        from pec_jax.training import trainer as train
+
         if _DISTRIBUTED.value:
-            hosts.join(*(flag.value for flag in joining))
+            hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         else:
-            hosts.refuse_to_run_alone()
+            hosts.refuse_unjoined_process()
         train.train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CONFIG_CHANGE.value)
 
 
 def run() -> None:
     """The entry point."""
-    command_line.make_configs_importable(sys.argv)
-    quiet_libraries()
-    try:
-        app.run(main, flags_parser=command_line.parse)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command_line.run(main)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
-"""Trains the embedded default from nothing: `python -m pec_jax.pretrain --out=DIR`.
+"""Trains the embedded model from nothing: `python -m pec_jax.pretrain --out=DIR`.
 
 One command makes the whole shapes pipeline: a Stable Diffusion 3 directory in diffusers' layout
-and the three encoders beside it, in at most 45 minutes on two cores. Stages that are done are
-passed over, a stage that was interrupted goes on from its last snapshot, and the seed decides
-everything random.
+and the three encoders beside it, in at most 45 minutes on two cores. Finished stages are skipped,
+an interrupted stage resumes from its last snapshot, and the seed decides everything random.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from pec_jax import command_line
+from pec_jax.errors import exit_on_user_error
 
 STAGES = ("skeleton", "vae", "clip", "t5", "transformer", "dino", "pickscore", "report")
 
-_OUT = flags.DEFINE_string("out", None, "Directory of the pipeline to make.", required=True)
+_OUT = command_line.required_string("out", "Directory of the pipeline to make.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), f"Stages to run, of {', '.join(STAGES)}.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
-_SCALE = flags.DEFINE_float("steps_scale", 1.0, "Multiple of every stage's steps.", lower_bound=0.0)
+_SCALE = flags.DEFINE_float(
+    "steps_scale", 1.0, "Factor of every stage's number of steps.", lower_bound=0.0
+)
 _STATE = flags.DEFINE_string(
     "state", None, "Directory for snapshots, logs and numbers; OUT with '.state' behind by default."
 )
@@ -32,24 +35,25 @@ flags.register_validator(
 )
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+def main(argv: list[str]) -> None:
+    """Parses, runs the stages that are not done yet."""
+    command_line.refuse_arguments(argv)
     from pec_jax.shapes.pretraining.loop import Session
 
-    out = Path(_OUT.value)
-    state = Path(_STATE.value) if _STATE.value else out.with_name(out.name + ".state")
-    session = Session(out, state, seed=_SEED.value, steps_scale=_SCALE.value)
-    for stage in (stage for stage in STAGES if stage in _STAGES.value):
-        if session.numbers(stage) is not None:
-            print(f"{stage}: done before, see {session.numbers_path(stage)}")
-            continue
-        start = time.monotonic()
-        module = importlib.import_module(f"pec_jax.shapes.pretraining.{stage}")
-        numbers = module.run(session)
-        session.finish(stage, numbers | {"seconds": round(time.monotonic() - start, 1)})
-        print(f"{stage}: {numbers}", flush=True)
+    with exit_on_user_error():
+        out = Path(_OUT.value)
+        state = Path(_STATE.value) if _STATE.value else out.with_name(out.name + ".state")
+        session = Session(out, state, seed=_SEED.value, steps_scale=_SCALE.value)
+        for stage in (stage for stage in STAGES if stage in _STAGES.value):
+            if session.numbers(stage) is not None:
+                print(f"{stage}: done before, see {session.numbers_path(stage)}")
+                continue
+            start = time.monotonic()
+            module = importlib.import_module(f"pec_jax.shapes.pretraining.{stage}")
+            numbers = module.run(session)
+            session.finish(stage, numbers | {"seconds": round(time.monotonic() - start, 1)})
+            print(f"{stage}: {numbers}", flush=True)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

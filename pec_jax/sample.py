@@ -1,64 +1,74 @@
 """Draws images: `python -m pec_jax.sample --model=shapes --prompt="a red circle" --out=DIR`.
 
-Writes one PNG an image, a contact sheet `grid.png`, and `latents.npy` in diffusers' layout
+Writes one PNG per image, a contact sheet `grid.png`, and `latents.npy` in diffusers' layout
 [N, C, h, w], fp32, unscaled as the scheduler leaves them.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from absl import flags
 
-from absl import app, flags
-
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax import command_line, io
+from pec_jax.errors import exit_on_user_error
 
 _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
 )
-_VARIANT = flags.DEFINE_string("variant", "", "Of the weights' files, such as fp16.")
+_VARIANT = flags.DEFINE_string(
+    "variant", "", "Variant of the weight files, such as fp16; '' is the plain one."
+)
 _LORA = flags.DEFINE_string(
     "lora", None, "A run directory (its newest checkpoint), or a LoRA file of diffusers or PEFT."
 )
-_USE_EMA = flags.DEFINE_bool("use_ema", True, "Of a run: averaged parameters, not the last.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more prompts.")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance steers away from.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Images a prompt.", lower_bound=1)
-_HEIGHT = flags.DEFINE_integer("height", 0, "Pixels; 0 is the model's own size.", lower_bound=0)
-_WIDTH = flags.DEFINE_integer("width", 0, "Pixels; 0 is the model's own size.", lower_bound=0)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 28, "Sampler steps.", lower_bound=1)
+_USE_EMA = flags.DEFINE_bool(
+    "use_ema", True, "Of a run, use the averaged parameters, not the last."
+)
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "Prompt to draw; repeat the flag for more.", required=True
+)
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "Prompt that guidance steers away from.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Number of images per prompt.", lower_bound=1)
+_HEIGHT = flags.DEFINE_integer(
+    "height", 0, "Height in pixels; 0 is the model's own size.", lower_bound=0
+)
+_WIDTH = flags.DEFINE_integer(
+    "width", 0, "Width in pixels; 0 is the model's own size.", lower_bound=0
+)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 28, "Number of sampler steps.", lower_bound=1)
 _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Guidance scale, 1 is off; by default 4.5 for SD3 and 3.5 for FLUX.1-dev."
 )
 _T5_LENGTH = flags.DEFINE_integer(
-    "t5_length", 0, "Tokens T5 sees; 0 is diffusers' choice (SD3 256, FLUX 512).", lower_bound=0
+    "t5_length",
+    0,
+    "Number of tokens T5 sees; 0 is diffusers' choice (SD3 256, FLUX 512).",
+    lower_bound=0,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the initial latents and the sampler's noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial latents and of the sampler's noise.")
 _SAMPLER = flags.DEFINE_enum(
-    "sampler", "ode", ["ode", "flow_sde", "dance_sde", "cps"], "Transition kernel."
+    "sampler", "ode", ["ode", "flow_sde", "dance_sde", "cps"], "Transition kernel of the sampler."
 )
 _NOISE_LEVEL = flags.DEFINE_float("noise_level", 0.7, "Noise level of a stochastic sampler.")
 _INIT_LATENTS = flags.DEFINE_string(
     "init_latents", None, "A .npy file [N, C, h, w], or [1, C, h, w] for all images, to start from."
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images drawn at once.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "Directory to write to.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Compute type of the model."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 16, "Number of images drawn at once.", lower_bound=1
+)
+_OUT = command_line.required_string("out", "Directory to write to.")
 
 
 def main(argv: list[str]) -> None:
     """Parses, samples; a mistake of the user becomes one sentence and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; quote the prompt.")
-    for flag in (_PROMPT, _OUT):
-        if not flag.value:
-            raise app.UsageError(f"--{flag.name} is missing; see --help.")
-    from pec_jax.inference import (
-        draw as sampling,  # imports jax; --help and typos need not wait for it
-    )
+    command_line.refuse_arguments(argv, hint=" Quote the prompt.")
+    from pec_jax.inference import draw  # imports jax; --help and typos need not wait
 
-    with exit_with_sentence():
-        sampling.run(
-            sampling.Request(
+    with exit_on_user_error():
+        draw.run(
+            draw.Request(
                 model=_MODEL.value,
                 lora=_LORA.value,
                 use_ema=_USE_EMA.value,
@@ -78,10 +88,9 @@ def main(argv: list[str]) -> None:
                 t5_length=_T5_LENGTH.value,
                 batch_size=_BATCH_SIZE.value,
             ),
-            Path(_OUT.value).expanduser(),
+            io.path(_OUT.value),
         )
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    app.run(main)
+    command_line.run(main)

@@ -12,35 +12,32 @@ from pathlib import Path
 
 from absl import app, flags
 
-from pec_jax.errors import exit_with_sentence, quiet_libraries
+from pec_jax import command_line
+from pec_jax.errors import exit_on_user_error
 
 _FAMILY = flags.DEFINE_string(
     "family", "sd3", "Kind of pipeline, such as sd3 or flux; an unknown one lists those there are."
 )
-_OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist.")
+_OUT = command_line.required_string("out", "Directory to write; it must not exist.")
 _CONFIG = flags.DEFINE_string(
     "transformer", "{}", 'JSON object of transformer config entries, such as {"num_layers": 3}.'
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random weights.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the random weights.")
 
 
 def main(argv: list[str]) -> None:
     """Parses, writes; a mistake of the user becomes one sentence and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}.")
-    if not _OUT.value:
-        raise app.UsageError("--out is missing; see --help.")
+    command_line.refuse_arguments(argv)
     try:
         config = json.loads(_CONFIG.value)
     except json.JSONDecodeError as error:
         raise app.UsageError(f"--transformer is not JSON: {error}") from None
     from pec_jax.families.tiny import write_pipeline  # imports jax; --help need not wait for it
 
-    with exit_with_sentence():
+    with exit_on_user_error():
         out = write_pipeline(Path(_OUT.value).expanduser(), _FAMILY.value, config, seed=_SEED.value)
         print(f"{out} is written; its images are 32 pixels wide: --height=32 --width=32.")
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    app.run(main)
+    command_line.run(main)

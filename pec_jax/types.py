@@ -11,11 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import struct
+from jaxtyping import Float
 
 Array = jax.Array
 PyTree = Any
+Scalar = float | np.floating | Float[Array, ""]
 
 
 @struct.dataclass

@@ -2,18 +2,90 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # `configs` is not a part of the installed package
+sys.path.insert(0, str(ROOT))  # for `tests`, `launch` and `benchmarks`
+
+
+# The packages of pure functions, whose annotations say shapes.
+CHECKED = [
+    "pec_jax.evaluation.metrics",
+    "pec_jax.flow",
+    "pec_jax.perception",
+    "pec_jax.rewards",
+    "pec_jax.rl",
+    "pec_jax.shapes.judge",
+]
+
+
+def _check_annotations():
+    """Array shapes and types in annotations are checked while tests run.
+
+    jaxtyping takes the checker by the name of a module; pytest imports ours under names of its own.
+    """
+    module = types.ModuleType("pec_jax_typechecking")
+    # An int is a float, as PEP 484 has it.
+    module.checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+    sys.modules[module.__name__] = module
+    install_import_hook(CHECKED, f"{module.__name__}.checked")
+
+
+_check_annotations()  # before pec_jax is imported
+
+# Directories, files or tests that take long: whole runs, fresh processes, large compilations.
+SLOW = (
+    "tests/benchmarks/",
+    "tests/distributed/test_mesh.py",
+    "tests/distributed/test_processes.py",
+    "tests/families/test_pipeline.py",
+    "tests/families/test_runs.py",
+    "tests/goldens/",
+    "tests/launch/",
+    "tests/models/test_published_sizes.py",
+    "tests/rl/test_composition.py",
+    "tests/rl/test_constraint_steps.py",
+    "tests/rl/test_train_step.py",
+    "tests/shapes/pretraining/",
+    "tests/test_aot.py",
+    "tests/test_embed.py",
+    "tests/test_export.py",
+    "tests/test_main.py",
+    "tests/test_notebooks.py",
+    "tests/test_sample.py",
+    "tests/test_tiny.py",
+    "tests/test_wheel.py",
+    "tests/training/",
+)
+_ORACLE = re.compile(r"^\s*(?:import|from) (?:torch|diffusers|peft)\b", re.MULTILINE)
+
+
+@functools.cache
+def _has_oracle(path: Path) -> bool:
+    return bool(_ORACLE.search(path.read_text(encoding="utf-8")))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks `slow` what the table names, and `parity` the files that import an oracle in torch."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+        if _has_oracle(item.path):
+            item.add_marker(pytest.mark.parity)
 
 
 def _take_a_share_of_the_cores():
@@ -81,6 +153,16 @@ def small_config_dict():
     return config
 
 
+def tree_hash(directory):
+    """Every path below a directory, with the SHA-256 of each file."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "directory"
+        for path in sorted(directory.rglob("*"))
+    }
+
+
 @pytest.fixture
 def small_config():
     """A fresh small ConfigDict."""
@@ -89,8 +171,8 @@ def small_config():
 
 @pytest.fixture(scope="session")
 def experiment():
-    """The embedded model, loaded once, under the small config."""
-    from pec_jax.config.schema import from_config_dict
+    """The embedded model under the small config, built once."""
+    from pec_jax.config import from_config_dict
     from pec_jax.training.build import build
 
     return build(from_config_dict(small_config_dict()))

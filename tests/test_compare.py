@@ -12,22 +12,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pec_jax.errors import RunError
+from pec_jax.errors import FileError, RunError
 from pec_jax.evaluation import comparison, run_table
 from pec_jax.evaluation.report import write_report
 from pec_jax.evaluation.table import COMPUTED, normalise
 
 CONFIG = {
     "seed": 0,
-    "constraint": {
-        "name": "none",
-        "space": "perceptual",
-        "weight": 0.0,
-        "clip_ratio": 1.4,
-        "cov_share": 0.2,
-        "target": 0.9,
+    "objective": {"name": "grpo", "grpo": {"clip_low": 1e-4}, "nft": {"beta": 1.0}},
+    "constraints": {
+        "clip_cov": {"share": 0.0, "space": "latent"},
+        "clip_higher": {"ratio": 1.0},
+        "kl": {"weight": 0.0},
+        "pec": {"weight": 0.0, "unit": "raw"},
+        "pec_target": {"target": 0.0},
     },
     "perception": {"encoder": "dino", "estimator": "knn"},
+    "rewards": {"pickscore": {"weight": 1.0, "evaluate": False}},
+    "encoders": {"dino": {"evaluate": False}, "clip": {"evaluate": False, "model": ""}},
     "schedule": {"log_every": 1},
 }
 
@@ -38,8 +40,11 @@ def make_run(directory, seed=0, quality=1.0, diversity=1.0, base=0.5, **changes)
     config = copy.deepcopy(CONFIG)
     config["seed"] = seed
     for name, value in changes.items():
-        section, field = name.split("__")
-        config[section][field] = value
+        *path, field = name.split("__")
+        section = config
+        for part in path:
+            section = section.setdefault(part, {})
+        section[field] = value
     (directory / "config.json").write_text(json.dumps(config))
     numbers = {
         "quality/a": quality + 0.01 * seed,
@@ -75,11 +80,11 @@ def runs(tmp_path):
         make_run(tmp_path / "runs" / f"none_{seed}", seed, 2.0, 0.1)
         make_run(
             tmp_path / "runs" / f"pec_{seed}", seed, 1.5, 0.9,
-            constraint__name="pec", constraint__weight=1.5,
+            constraints__pec__weight=1.5,
         )  # fmt: skip
         make_run(
             tmp_path / "runs" / f"cov_{seed}", seed, 1.9, 0.2,
-            constraint__name="clip_cov", constraint__space="latent",
+            constraints__clip_cov__share=0.2,
         )  # fmt: skip
     return tmp_path / "runs"
 
@@ -101,8 +106,8 @@ def test_seeds_are_gathered_and_rows_named_as_in_the_paper(runs):
 def test_configs_of_one_name_are_told_apart(runs):
     for seed in (0, 1):
         make_run(
-            runs / f"pec_gaussian_{seed}", seed, constraint__name="pec",
-            constraint__weight=1.5, perception__estimator="gaussian",
+            runs / f"pec_gaussian_{seed}", seed,
+            constraints__pec__weight=1.5, perception__estimator="gaussian",
         )  # fmt: skip
     found = run_table.rows_of_runs(run_table.find_runs([runs]))
     methods = {row.method for row, _ in found}
@@ -114,6 +119,37 @@ def test_a_run_with_another_schedule_is_another_seed_of_the_same(runs):
     make_run(runs / "none_2", 2, schedule__log_every=5)
     found = run_table.rows_of_runs(run_table.find_runs([runs]))
     assert next(r for r, _ in found if r.method == "Flow-GRPO").seeds == ["0", "1", "2"]
+
+
+def test_what_is_off_does_not_set_a_run_apart(runs):
+    """Nor do sections that a plugin added and this run did not use."""
+    make_run(
+        runs / "none_2", 2, constraints__pec__unit="reward_std", objective__nft__beta=0.1,
+        encoders__clip__model="elsewhere", constraints__mine__weight=0.0,
+        rewards__warmth={"weight": 0.0, "evaluate": False},
+    )  # fmt: skip
+    found = run_table.rows_of_runs(run_table.find_runs([runs]))
+    assert next(r for r, _ in found if r.method == "Flow-GRPO").seeds == ["0", "1", "2"]
+    make_run(runs / "none_3", 3, rewards__warmth={"weight": 0.1, "evaluate": False})
+    methods = [row.method for row, _ in run_table.rows_of_runs(run_table.find_runs([runs]))]
+    warm = [f"(rewards.warmth.evaluate={a}, rewards.warmth.weight={b})" for a, b in
+            (("off", "off"), (False, 0.1))]  # fmt: skip
+    assert {f"Flow-GRPO {extra}" for extra in warm} <= set(methods)
+
+
+def test_a_run_of_an_earlier_version_is_answered_with_a_sentence(runs):
+    make_run(runs / "old", constraint={"name": "pec", "weight": 1.5})
+    with pytest.raises(RunError, match=r"old/config.json was written by an earlier version"):
+        run_table.find_runs([runs])
+
+
+def test_a_config_that_says_too_little_or_nonsense_is_answered_with_a_sentence(tmp_path):
+    run = make_run(tmp_path / "run", constraints__pec__wieght=1.0)
+    with pytest.raises(RunError, match=r"this version: .*unknown field 'wieght'"):
+        run_table.read_run(run)
+    (run / "config.json").write_text('{"seed": 0}')
+    with pytest.raises(RunError, match="lacks objective, constraints"):
+        run_table.read_run(run)
 
 
 def test_everything_is_written(runs, tmp_path, capsys):
@@ -157,10 +193,10 @@ def test_mistakes_are_sentences(runs, tmp_path):
     with pytest.raises(RunError, match="not finished"):
         run_table.find_runs([runs])
     (runs / "none_0" / "eval.json").write_text("[1]")
-    with pytest.raises(RunError, match="not hold a JSON object"):
+    with pytest.raises(FileError, match="must hold a JSON object"):
         run_table.find_runs([runs])
     (runs / "none_0" / "eval.json").write_text("{")
-    with pytest.raises(RunError, match="as JSON"):
+    with pytest.raises(FileError, match="not valid JSON"):
         run_table.find_runs([runs])
 
 

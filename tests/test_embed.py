@@ -8,6 +8,7 @@ import pytest
 from pec_jax.config.schema import from_config_dict
 from pec_jax.data import encode_prompts as embedding
 from pec_jax.data.embedding_store import PART, EmbeddingStore
+from pec_jax.errors import FileError
 from pec_jax.families.locate import SHAPES_DIRECTORY, prompt_file
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.training.build import build
@@ -100,5 +101,5 @@ class TestClearErrors:
             store.gather(np.array([0]))
 
     def test_no_store(self, tmp_path):
-        with pytest.raises(WeightsError, match=r"index\.json: no such file"):
+        with pytest.raises(FileError, match=r"index\.json: no such file"):
             EmbeddingStore(tmp_path)

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from pec_jax.config.schema import from_config_dict, to_dict
-from pec_jax.errors import RunError
+from pec_jax.errors import FileError, RunError
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
+from pec_jax.io import write_json
 from pec_jax.training.build import build
 from pec_jax.training.checkpoint import Checkpointer
 from pec_jax.training.trainer import train
-from pec_jax.weights.tensors import WeightsError, read_file, write_json
+from pec_jax.weights.tensors import WeightsError, read_file
 from tests.conftest import ROOT, small_config_dict
 
 PROMPTS = ("a small red circle on a dark background", "a large blue cross at the top")
@@ -221,7 +222,7 @@ def test_a_directory_that_is_no_run_is_answered(tmp_path, lora_run):
     with pytest.raises(RunError, match=r"config\.json is not the config of a run"):
         exporting.run(tmp_path, "lora", tmp_path / "out")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(FileError, match=r"config\.json: not valid JSON"):
         exporting.run(tmp_path, "lora", tmp_path / "out")
 
 

@@ -14,12 +14,13 @@ import importlib
 import pkgutil
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from pec_jax.config.errors import ConfigError, unknown
 from pec_jax.config.fields import build, defaults
 
 
+@runtime_checkable
 class Definition(Protocol):
     """What a registry holds."""
 
@@ -58,7 +59,7 @@ class Choice:
         return self.sections[self.name]
 
 
-class Registry(Generic[D], Mapping[str, D]):
+class Registry(Generic[D]):
     """Name -> definition.
 
     Attributes:
@@ -92,6 +93,10 @@ class Registry(Generic[D], Mapping[str, D]):
     def __getitem__(self, name: str) -> D:
         self._load()
         return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         self._load()

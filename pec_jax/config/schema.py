@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from pec_jax.config import fields
 from pec_jax.config.errors import ConfigError
 from pec_jax.config.fields import field
@@ -203,14 +205,14 @@ _MOVED = {
 }
 
 
-def from_config_dict(config: Mapping[str, Any]) -> Config:
+def from_config_dict(config: Mapping[str, Any] | ConfigDict) -> Config:
     """Builds and validates a Config from a ConfigDict or nested dict.
 
     Raises:
         ConfigError: on an unknown or missing field, a wrong type, a value out of range, or fields
             that contradict each other.
     """
-    if hasattr(config, "to_dict"):
+    if isinstance(config, ConfigDict):
         config = config.to_dict()
     for section, now in _MOVED.items():
         if isinstance(config, Mapping) and section in config:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
+from etils import epath
 
+from pec_jax import io
+from pec_jax.io import read_json, write_json
 from pec_jax.types import Conditioning
-from pec_jax.weights.tensors import WeightsError, read_json, write_json, write_tensors
+from pec_jax.weights.tensors import WeightsError, write_tensors
 
 PART = 64  # prompts per file
 FIELDS = tuple(field.name for field in dataclasses.fields(Conditioning))
@@ -50,21 +54,23 @@ def fingerprint(root: Path, parts: Iterable[str], settings: dict[str, Any]) -> s
 class EmbeddingStore:
     """Embeddings of known prompts, read when asked for."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | os.PathLike[str]):
         """Opens a finished store.
 
         Raises:
             WeightsError: there is none, it is unfinished, or it is damaged.
         """
-        self.directory = Path(directory)
+        self.directory = io.path(directory)
+        self._local: dict[int, Path] = {}  # part -> its file on this machine
         index = read_json(self.directory / INDEX)
         prompts = index.get("prompts")
         if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
             raise WeightsError(f"{self.directory / INDEX}: has no list of prompts; embed anew")
         self.fingerprint = str(index.get("fingerprint"))
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        present = {path.name for path in self.directory.iterdir()}
         for number in range(-(-len(prompts) // PART)):
-            if not (path := _part(self.directory, number)).is_file():
+            if (path := _part(self.directory, number)).name not in present:
                 raise WeightsError(
                     f"{path}: missing; run pec_jax.embed again with the same flags to finish it"
                 )
@@ -89,13 +95,17 @@ class EmbeddingStore:
     def gather(self, rows: np.ndarray) -> Conditioning:
         """The embeddings of some rows [N], NumPy arrays, fp32 but for a mask."""
         read = [self._read(int(row)) for row in rows]
-        return Conditioning(**{name: np.stack([r[name] for r in read]) for name in read[0]})
+        fields: dict[str, Any] = {name: np.stack([r[name] for r in read]) for name in read[0]}
+        return Conditioning(**fields)
 
     def _read(self, row: int) -> dict[str, np.ndarray]:
         """The fields of one prompt's conditioning that its file has."""
-        path = _part(self.directory, row // PART)
+        number = row // PART
+        path = _part(self.directory, number)
         try:
-            with safetensors.safe_open(path, framework="numpy") as part:
+            if number not in self._local:
+                self._local[number] = io.local_copy(path)
+            with safetensors.safe_open(self._local[number], framework="numpy") as part:
                 held = {"tokens", *part.keys()}  # all have tokens: their absence is damage
                 fields = {n: part.get_slice(n)[row % PART] for n in FIELDS if n in held}
         except (safetensors.SafetensorError, OSError, IndexError) as error:
@@ -104,7 +114,7 @@ class EmbeddingStore:
 
 
 def write_store(
-    directory: str | Path,
+    directory: str | os.PathLike[str],
     prompts: Sequence[str],
     mark: str,
     encode: Callable[[Sequence[str]], Conditioning],
@@ -112,7 +122,7 @@ def write_store(
     dtype: Any = np.float32,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> int:
-    """Embeds prompts, part by part; parts that are there already are passed over.
+    """Embeds prompts, part by part; parts that are there already are skipped.
 
     Args:
         directory: created if absent.
@@ -128,17 +138,17 @@ def write_store(
     Raises:
         WeightsError: the directory holds other prompts or was made by other encoders.
     """
-    directory, prompts = Path(directory), list(dict.fromkeys(prompts))
+    root, prompts = io.path(directory), list(dict.fromkeys(prompts))
     index = {"fingerprint": mark, "prompts": prompts}
-    path = directory / INDEX
-    if path.is_file() and read_json(path) != index:
+    path = root / INDEX
+    if path.exists() and read_json(path) != index:
         raise WeightsError(
-            f"{directory}: holds embeddings of other prompts or of other text encoders; "
+            f"{root}: holds embeddings of other prompts or of other text encoders; "
             "choose another --out"
         )
     write_json(path, index)
     numbers = range(-(-len(prompts) // PART))
-    missing = [number for number in numbers if not _part(directory, number).is_file()]
+    missing = [number for number in numbers if not _part(root, number).is_file()]
     for number in progress(missing):
         part = encode(prompts[number * PART : (number + 1) * PART])
         found = {name: getattr(part, name) for name in FIELDS if getattr(part, name) is not None}
@@ -146,9 +156,9 @@ def write_store(
             name: np.asarray(array).astype(bool if array.dtype == bool else dtype)
             for name, array in found.items()
         }
-        write_tensors(directory, arrays, _part(directory, number).stem)
+        write_tensors(root, arrays, _part(root, number).stem)
     return len(missing)
 
 
-def _part(directory: Path, number: int) -> Path:
+def _part(directory: epath.Path, number: int) -> epath.Path:
     return directory / f"embeddings-{number:05d}.safetensors"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from pec_jax.types import Batch, Conditioning
 PyTree = Any
 
 
+@runtime_checkable
 class Embeddings(Protocol):
     """Text embeddings by row, in memory or on disk."""
 

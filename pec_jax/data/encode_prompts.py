@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from tqdm import tqdm
 
 from pec_jax.data.embedding_store import EmbeddingStore, fingerprint, write_store
@@ -25,7 +26,13 @@ NEGATIVE = ""  # what classifier-free guidance steers away from
 
 
 def run(
-    model: str, prompt_files: Sequence[str], out: Path, *, dtype: str, t5_length: int, variant: str
+    model: str,
+    prompt_files: Sequence[str],
+    out: epath.Path,
+    *,
+    dtype: str,
+    t5_length: int,
+    variant: str,
 ) -> None:
     """Embeds the prompts of some files, and the empty one, into the directory `out`.
 
@@ -63,7 +70,7 @@ def stored_embeddings(directory: str, root: Path, dtype: str, t5_length: int) ->
       WeightsError: no usable store, or other encoders. Where the model's directory has no text
         encoders, there is nothing to compare with, and the store is trusted.
     """
-    store = EmbeddingStore(Path(directory).expanduser())
+    store = EmbeddingStore(directory)
     if not any((root / e.part).is_dir() for e in read_family(root).text_encoders):
         logging.warning("%s has no text encoders: %s cannot be checked.", root, directory)
         return store

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from pec_jax.data.prompts import PromptError, read_prompts
 
@@ -26,7 +27,7 @@ class PromptBuilder(  # type: ignore[call-arg]  # TFDS carries no types
     # not declare (importlib_resources). There are no downloads.
     code_path = None
 
-    def __init__(self, *, path: Path, **kwargs: Any):
+    def __init__(self, *, path: epath.Path, **kwargs: Any):
         """Args: path: the prompt file. kwargs: as in TFDS."""
         self._path = path
         super().__init__(**kwargs)
@@ -56,7 +57,7 @@ class PromptBuilder(  # type: ignore[call-arg]  # TFDS carries no types
         pass
 
 
-def open_records(path: Path, checksum: str, cache_dir: Path) -> Sequence[dict[str, bytes]]:
+def open_records(path: epath.Path, checksum: str, cache_dir: Path) -> Sequence[dict[str, bytes]]:
     """Opens the prepared data set of a prompt file; prepares it if it is not there.
 
     Args:

@@ -15,10 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from etils import epath
+
+from pec_jax import io
+
 SUFFIXES = (".txt", ".jsonl")
 MAX_LINE_CHARS = 10_000
 MAX_PROMPTS = 10_000_000
-CACHE_VARIABLE = "PEC_JAX_CACHE"
 _FORMAT = b"1"  # of the prepared data set; part of its checksum
 
 
@@ -69,35 +72,33 @@ class PromptSource(Sequence[Prompt]):
 
 
 def cache_directory() -> Path:
-    """Where prepared prompt sets are kept: under $PEC_JAX_CACHE, else the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    base = os.environ.get(CACHE_VARIABLE) or os.path.join(base, "pec_jax")
-    return Path(base).expanduser() / "prompts"
+    """Where prepared prompt sets are kept."""
+    return io.cache_directory() / "prompts"
 
 
-def check_file(path: str | os.PathLike) -> Path:
+def check_file(path: str | os.PathLike) -> epath.Path:
     """The path of a prompt file that exists and is of a known kind.
 
     Raises:
       PromptError: there is no such file, or its name does not end in .txt or .jsonl.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        problem = "is a directory" if path.is_dir() else "does not exist"
-        raise PromptError(f"The prompt file {path} {problem}. Give the path of a file.")
-    if path.suffix not in SUFFIXES:
+    file = io.path(path)
+    if not file.is_file():
+        problem = "is a directory" if file.is_dir() else "does not exist"
+        raise PromptError(f"The prompt file {file} {problem}. Give the path of a file.")
+    if file.suffix not in SUFFIXES:
         raise PromptError(
-            f"The prompt file {path} must end in {' or '.join(SUFFIXES)}: plain text with one "
+            f"The prompt file {file} must end in {' or '.join(SUFFIXES)}: plain text with one "
             'prompt a line, or one JSON object with a field "prompt" a line.'
         )
-    return path
+    return file
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: epath.Path) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, stripped line) of those that are not blank."""
     # A character takes at most four bytes, a line's end two, the byte order mark three.
     limit = 4 * MAX_LINE_CHARS + 6
-    with path.open("rb") as file:
+    with io.local_copy(path).open("rb") as file:
         number = 0
         while raw := file.readline(limit):
             number += 1
@@ -147,29 +148,29 @@ def read_prompts(path: str | os.PathLike) -> Iterator[Prompt]:
       PromptError: the file is missing, of another kind, empty, not UTF-8, too long (10 M prompts),
         or one of its lines is too long (10 000 characters) or not a JSON object with a "prompt".
     """
-    path = check_file(path)
+    file = check_file(path)
     count = 0
-    for number, line in _read_lines(path):
+    for number, line in _read_lines(file):
         count += 1
         if count > MAX_PROMPTS:
-            raise PromptError(f"{path}: more than {MAX_PROMPTS} prompts. Split the file.")
-        if path.suffix == ".txt":
+            raise PromptError(f"{file}: more than {MAX_PROMPTS} prompts. Split the file.")
+        if file.suffix == ".txt":
             yield Prompt(line)
             continue
         try:
             yield _parse_json(line)
         except ValueError as error:
-            raise PromptError(f"{path}, line {number}: {error}. Correct the line.") from error
+            raise PromptError(f"{file}, line {number}: {error}. Correct the line.") from error
     if not count:
-        raise PromptError(f"The prompt file {path} is empty. Write one prompt a line into it.")
+        raise PromptError(f"The prompt file {file} is empty. Write one prompt a line into it.")
 
 
 def checksum(path: str | os.PathLike) -> str:
     """SHA-256 of a prompt file's content and kind, 64 hexadecimal digits."""
-    path = check_file(path)
-    digest = hashlib.sha256(_FORMAT + path.suffix.encode() + b"\0")
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
+    file = check_file(path)
+    digest = hashlib.sha256(_FORMAT + file.suffix.encode() + b"\0")
+    with io.local_copy(file).open("rb") as content:
+        while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
@@ -195,12 +196,12 @@ def load_prompts(
     # TFDS takes its time to import, and those who only want a `Prompt` do not need it.
     from pec_jax.data import prompt_builder
 
-    path = check_file(path)
+    file = check_file(path)
     directory = Path(cache_dir).expanduser() if cache_dir else cache_directory()
     try:
-        return PromptSource(prompt_builder.open_records(path, checksum(path), directory))
-    except OSError as error:
+        return PromptSource(prompt_builder.open_records(file, checksum(file), directory))
+    except (OSError, RuntimeError) as error:  # of array_record, when the disk is full
         raise PromptError(
-            f"Cannot prepare the prompt file {path} in {directory}: {error}. "
-            f"Make room there, or set {CACHE_VARIABLE} to a directory that can be written."
+            f"Cannot prepare the prompt file {file} in {directory}: {error}. "
+            f"Make room there, or set {io.CACHE_VARIABLE} to a directory that can be written."
         ) from error

@@ -99,6 +99,16 @@ def active(mesh: Mesh, config: Config) -> Iterator[None]:
         yield
 
 
+def platform() -> str:
+    """The platform that the program being traced is for: "cpu", "gpu" or "tpu".
+
+    That of the active mesh's devices, whatever machine compiles for them; without a mesh, that of
+    this machine. The one place to ask before a network is written differently for a platform.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _rules(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     return [(name, tuple(axes)) for name, axes in config.mesh.rules.items()]
 
@@ -106,7 +116,7 @@ def _rules(config: Config) -> list[tuple[str, tuple[str, ...]]]:
 def partition(
     names: Names,
     shape: Sequence[int],
-    rules: Sequence[tuple[str, tuple[str, ...]]],
+    rules: Sequence[tuple[str, Any]],
     sizes: Mapping[str, int],
 ) -> PartitionSpec:
     """The mesh axes over which an array is split.
@@ -117,7 +127,7 @@ def partition(
       rules: logical axis -> mesh axes; the first that is still free counts.
       sizes: of the mesh's axes.
     """
-    spec = nn.logical_to_mesh_axes(tuple(names), rules)
+    spec: Any = nn.logical_to_mesh_axes(tuple(names), rules)
     parts = []
     for size, axes in zip(shape, spec):
         kept: tuple[str, ...] = ()
@@ -148,7 +158,7 @@ def at_use(parameter: Array, *names: str | None) -> Array:
     Said layer by layer, for the compiler, left to itself, may move the activations instead.
     """
     stored = nn.get_logical_axis_rules()
-    rules = [(name, tuple(a for a in axes if a != "fsdp")) for name, axes in stored]
+    rules = [(name, tuple(a for a in axes or () if a != "fsdp")) for name, axes in stored]
     return _constrain(parameter, names, rules)
 
 
@@ -162,7 +172,7 @@ def on_shards(function: Callable[..., Array], names: Names, *arrays: Array) -> A
       names: those axes.
       *arrays: alike in the axes that are split.
     """
-    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    mesh, rules = jax.sharding.get_abstract_mesh(), list(nn.get_logical_axis_rules())
     if mesh.empty or mesh.size == 1 or not rules:
         return function(*arrays)
     spec = partition(names, arrays[0].shape, rules, mesh.shape)
@@ -201,7 +211,7 @@ def state_shardings(
       optimizer: which made `state.opt_state`.
       place: from `placement`.
     """
-    whole = place((), ())
+    whole: Any = place((), ())
     params = jax.tree.map(lambda x, names: place(names, x.shape), state.params, axes)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
@@ -259,7 +269,7 @@ def local_groups(mesh: Mesh, groups: int) -> slice:
     Raises:
       ConfigError: the mesh gives a process groups that are not neighbours.
     """
-    places = over_groups(mesh).addressable_devices_indices_map((groups,)).values()
+    places: Any = over_groups(mesh).addressable_devices_indices_map((groups,)).values()
     spans = {(index[0].start or 0, index[0].stop or groups) for index in places}
     start, stop = min(s for s, _ in spans), max(e for _, e in spans)
     if sum(e - s for s, e in spans) != stop - start:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."
 
 
-def refuse_to_run_alone(environment: Mapping[str, str] = os.environ) -> None:
+def refuse_unjoined_process(environment: Mapping[str, str] = os.environ) -> None:
     """Raises RunError on one of several hosts whose run does not join the others."""
     workers = environment.get("TPU_WORKER_HOSTNAMES", "")
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
@@ -78,7 +78,7 @@ def refuse_to_run_alone(environment: Mapping[str, str] = os.environ) -> None:
     )
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes files for all."""
     return jax.process_index() == 0
 
@@ -89,11 +89,29 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_says(value: bool) -> bool:
+def broadcast_from_primary(value: bool) -> bool:
     """What the first process says, on all of them."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def on_primary(action: Callable[[], object]) -> None:
+    """Runs `action` on the first process; if it fails there, it fails on every process.
+
+    Raises:
+      Exception: on the first process, that of `action`.
+      RunError: on the others.
+    """
+    error: Exception | None = None
+    if is_primary():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    if broadcast_from_primary(error is None):
+        return
+    raise error or RunError("process 0 could not go on; its own message says why.")
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from io import BytesIO
 
+from etils import epath
 from matplotlib.figure import Figure
 
+from pec_jax import io
 from pec_jax.evaluation import figures, table
 from pec_jax.evaluation.report import write_report
 from pec_jax.evaluation.run_table import BASE, Run, find_runs, rows_of_runs
+from pec_jax.evaluation.steps import read_steps
 from pec_jax.evaluation.table import Row
-from pec_jax.training.metric_writer import read_steps, write_bytes, write_text
 
 
-def compare_csv(path: Path, out: Path) -> list[Row]:
+def compare_csv(path: epath.Path, out: epath.Path) -> list[Row]:
     """Table and quality-diversity figure of a csv; see `table.rows_from_csv`.
 
     Returns:
         The normalised rows.
 
     Raises:
-        RunError: sentences for a person.
+        RunError: as `table.rows_from_csv` and `table.normalise`.
     """
     rows = table.normalise(table.rows_from_csv(path))
     drawn = {"quality_diversity": figures.quality_diversity(rows)}
@@ -30,14 +31,14 @@ def compare_csv(path: Path, out: Path) -> list[Row]:
     return rows
 
 
-def compare_runs(directories: Sequence[Path], out: Path) -> list[Row]:
+def compare_runs(directories: Sequence[epath.Path], out: epath.Path) -> list[Row]:
     """Table, figures and sample grids of finished runs; seeds of one config are one row.
 
     Returns:
         The normalised rows, that of the base model first.
 
     Raises:
-        RunError: sentences for a person.
+        RunError: as `run_table.find_runs`, `run_table.rows_of_runs` and `table.normalise`.
     """
     found = rows_of_runs(find_runs(directories))
     rows = table.normalise([row for row, _ in found])
@@ -60,19 +61,18 @@ def compare_runs(directories: Sequence[Path], out: Path) -> list[Row]:
 def _write(
     rows: Sequence[Row],
     drawn: Mapping[str, Figure],
-    grids: Mapping[str, Path],
+    grids: Mapping[str, epath.Path],
     notes: Sequence[str],
-    out: Path,
+    out: epath.Path,
 ) -> None:
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     pictures = {name: _png(figure) for name, figure in drawn.items()}
     for name, png in pictures.items():
-        write_bytes(out / "figures" / f"{name}.png", png)
+        io.write_bytes(out / "figures" / f"{name}.png", png)
     definitions = table.describe(table.ordered_columns(rows))
-    write_text(out / "table.csv", table.write_csv(rows))
-    write_text(out / "table.md", table.write_markdown(rows, definitions))
+    io.write_text(out / "table.csv", table.write_csv(rows))
+    io.write_text(out / "table.md", table.write_markdown(rows, definitions))
     titles = {name.replace("_", " ").capitalize(): png for name, png in pictures.items()}
-    write_text(out / "report.html", write_report(rows, titles, grids, notes))
+    io.write_text(out / "report.html", write_report(rows, titles, grids, notes))
     print(_summary(rows))
     print(f"Report: {out / 'report.html'}")
 
@@ -86,7 +86,7 @@ def _summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _grid(row: Row, runs: Sequence[Run]) -> Path | None:
+def _grid(row: Row, runs: Sequence[Run]) -> epath.Path | None:
     """The first seed's last samples; of the base model, those before training."""
     for run in runs:
         grids = sorted((run.directory / "samples").glob("step_*.png"))
@@ -96,6 +96,6 @@ def _grid(row: Row, runs: Sequence[Run]) -> Path | None:
 
 
 def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
+    buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

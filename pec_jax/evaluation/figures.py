@@ -32,7 +32,7 @@ SMOOTHING = 7  # iterations in the moving average
 
 
 def training_curves(runs: Mapping[str, Sequence[Steps]]) -> Figure:
-    """Mean over seeds with a band from the least to the greatest, a panel a metric.
+    """Mean over seeds with a band from the least to the greatest, one panel per metric.
 
     Args:
         runs: label -> the training lines of each seed's run.
@@ -71,10 +71,10 @@ def training_curves(runs: Mapping[str, Sequence[Steps]]) -> Figure:
 
 
 def reward_entropy(runs: Mapping[str, Sequence[Steps]]) -> Figure:
-    """Reward against exp(H_perc), an iteration a point, with the fit R = -a exp(H) + b.
+    """Reward against exp(H_perc), one point per iteration, with the fit R = -a exp(H) + b.
 
     Args:
-        runs: as for `training_curves`; a panel a label.
+        runs: as for `training_curves`; one panel per label.
     """
     columns = min(4, max(1, len(runs)))
     rows = max(1, -(-len(runs) // columns))

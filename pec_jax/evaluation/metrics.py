@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 METRICS = ("euclidean", "cosine")
 
@@ -22,7 +23,9 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_pairwise_distance(features: np.ndarray, metric: str = "euclidean") -> np.ndarray:
+def mean_pairwise_distance(
+    features: Float[np.ndarray, "*p k d"], metric: str = "euclidean"
+) -> Float[np.ndarray, "*p"]:
     """Mean distance between two different images of a prompt.
 
     2 / (K (K - 1)) sum_{i < j} dist(f_i, f_j)
@@ -53,7 +56,7 @@ def mean_pairwise_distance(features: np.ndarray, metric: str = "euclidean") -> n
     return distances[..., i, j].mean(axis=-1)
 
 
-def vendi_score(features: np.ndarray) -> np.ndarray:
+def vendi_score(features: Float[np.ndarray, "*p k d"]) -> Float[np.ndarray, "*p"]:
     """The effective number of different images: from 1 (all alike) to K (all orthogonal).
 
     exp(-sum_i l_i log l_i), l_i the eigenvalues of the cosine-similarity matrix divided by K.

@@ -10,7 +10,8 @@ import base64
 import html
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from etils import epath
 
 from pec_jax.evaluation.table import (
     COMPUTED,
@@ -42,7 +43,7 @@ figure { margin: 0 0 1rem; } figcaption { font-weight: 600; }
 def write_report(
     rows: Sequence[Row],
     figures: Mapping[str, bytes],
-    grids: Mapping[str, Path],
+    grids: Mapping[str, epath.Path],
     notes: Sequence[str] = (),
 ) -> str:
     """The report's HTML.

@@ -1,46 +1,32 @@
-"""Rows of the table from run directories: one row a config, one value a seed."""
+"""Rows of the table from run directories: one row per config, one value per seed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from pec_jax import io
+from pec_jax.config.schema import flatten
 from pec_jax.errors import RunError
+from pec_jax.evaluation.labels import Label, label_of, without_what_is_off
 from pec_jax.evaluation.table import Row, is_column
 
-METHODS = {
-    "none": "Flow-GRPO",
-    "kl": "Flow-GRPO w/ KL",
-    "clip_higher": "Clip-Higher",
-    "entropy_reg": "Entropy Reg.",
-    "clip_cov": "Clip-Cov",
-    "kl_cov": "KL-Cov",
-    "pec": "PEC",
-    "pcvae": "PCVAE",
-    "pec_target": "PEC (target)",
-}
 BASE = "Base"
-WITHOUT_SPACE = ("none", "kl", "clip_higher")
-# The field of config.constraint that is a method's own parameter; the others have `weight`.
-PARAMETER = {
-    "none": "",
-    "clip_higher": "clip_ratio",
-    "clip_cov": "cov_share",
-    "pec_target": "target",
-}
 # Where a run differs from another in one of these alone, the two are still one row.
 IGNORED = ("seed", "schedule", "mesh")
-MAX_BYTES = 10_000_000
+# What a table needs to know of a run's config.
+SECTIONS = ("seed", "objective", "constraints", "perception", "rewards", "encoders")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, its flat config and its final evaluation."""
+    """A finished run: its directory, its config and its final evaluation."""
 
-    directory: Path
+    directory: epath.Path
     config: Mapping[str, Any]
     evaluation: Mapping[str, Any]
 
@@ -50,25 +36,25 @@ class Run:
         return str(self.config["seed"])
 
     @property
-    def label(self) -> tuple[str, str, str]:
+    def label(self) -> Label:
         """Method, space and weight, as in the paper's table."""
-        name = self.config["constraint.name"]
-        space = ""
-        if name not in WITHOUT_SPACE:
-            latent = self.config.get("constraint.space") == "latent"
-            space = "latent" if latent else self.config["perception.encoder"]
-        field = PARAMETER.get(name, "weight")
-        weight = f"{self.config[f'constraint.{field}']:g}" if field else ""
-        return METHODS.get(name, name), space, weight
+        return label_of(self.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dotted field -> value of all that makes a run what it is, but for its seed."""
+        flat = flatten(without_what_is_off(self.config))
+        return {k: v for k, v in flat.items() if k.split(".")[0] not in IGNORED}
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
+def find_runs(paths: Sequence[epath.Path]) -> list[Run]:
     """The runs among some directories, and among the directories in them.
 
     Raises:
-        RunError: nothing there, or a run that is not finished or cannot be read.
+        RunError: nothing there, or a run that is not finished.
+        FileError: a file that cannot be read.
     """
-    found: list[Path] = []
+    found: list[epath.Path] = []
     for path in paths:
         if (path / "config.json").is_file():
             found.append(path)
@@ -80,22 +66,46 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     return [read_run(path) for path in dict.fromkeys(found)]
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: epath.Path) -> Run:
     """One run.
 
     Raises:
-        RunError: not finished, or a file that cannot be read.
+        RunError: not finished.
+        FileError: a file that cannot be read.
     """
     if not (directory / "eval.json").is_file():
         raise RunError(
-            f"{directory} is not finished: it has no eval.json. Give the command that trains it "
-            "once more, or leave it out."
+            f"{directory} is not finished: it has no eval.json. Resume it with the command that "
+            "trains it, or leave it out."
         )
-    config = _flatten(_read_json(directory / "config.json"))
-    missing = [name for name in ("seed", "constraint.name") if name not in config]
-    if missing:
-        raise RunError(f"{directory / 'config.json'} lacks {', '.join(missing)}.")
-    return Run(directory, config, _read_json(directory / "eval.json"))
+    path = directory / "config.json"
+    config = io.read_json(path)
+    check_schema(config, path)
+    run = Run(directory, config, io.read_json(directory / "eval.json"))
+    try:
+        _ = run.label, run.settings
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is not the config of a run of this version: {error}") from None
+    return run
+
+
+def check_schema(config: Mapping[str, Any], path: epath.Path) -> None:
+    """Refuses the config of a run that this version cannot read.
+
+    Args:
+        config: as in config.json.
+        path: of the file, for the message.
+
+    Raises:
+        RunError: one of an earlier version, or one that lacks a section.
+    """
+    if "constraint" in config:
+        raise RunError(
+            f"{path} was written by an earlier version of pec_jax (config.constraint): read that "
+            "run with the version that made it, or train it again."
+        )
+    if missing := [name for name in SECTIONS if name not in config]:
+        raise RunError(f"{path} lacks {', '.join(missing)}; it is not the config of a run.")
 
 
 def rows_of_runs(runs: Sequence[Run]) -> list[tuple[Row, list[Run]]]:
@@ -143,46 +153,22 @@ def _base_row(runs: Sequence[Run]) -> Row:
 
 
 def _identity(run: Run) -> str:
-    kept = {k: v for k, v in run.config.items() if k.split(".")[0] not in IGNORED}
-    return json.dumps(kept, sort_keys=True)
+    return json.dumps(run.settings, sort_keys=True)
 
 
-def _distinct_labels(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+def _distinct_labels(runs: Sequence[Run]) -> list[Label]:
     """The label of each config; where two are the same, what sets them apart is added."""
     labels = []
     for run in runs:
-        twins = [other for other in runs if other.label == run.label]
-        method, space, weight = run.label
+        twins = [other.settings for other in runs if other.label == run.label]
         differing = sorted(
             key
-            for key in set().union(*(twin.config for twin in twins))
-            if key.split(".")[0] not in IGNORED
-            and len({json.dumps(twin.config.get(key)) for twin in twins}) > 1
+            for key in set().union(*twins)
+            if len({json.dumps(twin.get(key)) for twin in twins}) > 1
         )
+        label = run.label
         if differing:
-            extra = ", ".join(f"{key}={run.config.get(key)}" for key in differing)
-            method = f"{method} ({extra})"
-        labels.append((method, space, weight))
+            extra = ", ".join(f"{key}={run.settings.get(key, 'off')}" for key in differing)
+            label = label._replace(method=f"{label.method} ({extra})")
+        labels.append(label)
     return labels
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RunError(f"{path} is larger than {MAX_BYTES} bytes; it is no file of a run.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise RunError(f"{path} does not hold a JSON object.")
-    return value

@@ -1,9 +1,9 @@
-"""The paper's table: every method a row, every metric a column, normalised over the rows.
+"""The paper's table: one row per method, one column per metric, normalised over the rows.
 
 Each metric is scaled to 0..1 between the least and the greatest of the rows' means;
 `quality/normalized_average` and `diversity/normalized_average` are the means over the metrics of
 their kind, and `overall` is the mean of the two. The scale is common to all seeds, so that each
-seed has its own three numbers, and a row an interval.
+seed has its own three numbers, and each row an interval.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from scipy import stats
 
 from pec_jax.errors import RunError
@@ -88,7 +88,7 @@ def student_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Mean and half width of Student's t interval over seeds.
 
     Args:
-        values: [S], one number a seed.
+        values: [S], one number per seed.
         level: of confidence.
 
     Returns:
@@ -160,11 +160,11 @@ def ratio(row: Row, other: Row, metric: str = OVERALL) -> Interval:
     return student_interval([row.values[metric][s] / other.values[metric][s] for s in common])
 
 
-def rows_from_csv(path: Path) -> list[Row]:
+def rows_from_csv(path: epath.Path) -> list[Row]:
     """Rows of a csv with the columns method, perceptual_space, weight and the metrics.
 
     A column `seed` makes several lines of one label one row; without it each line is a row. The
-    three computed columns are passed over.
+    three computed columns are skipped.
 
     Raises:
         RunError: the file is missing, too large, has no such columns, or a cell is no number.
@@ -299,20 +299,21 @@ def _common_columns(rows: Sequence[Row]) -> list[str]:
     return columns
 
 
-def _read_bounded(path: Path) -> str:
+def _read_bounded(path: epath.Path) -> str:
     try:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}.") from None
-    if size > MAX_BYTES:
-        raise RunError(f"{path} has {size} bytes; a table of at most {MAX_BYTES} is read.")
+        raise RunError(f"cannot read {path}: {error.strerror or error}.") from None
+    if len(data) > MAX_BYTES:
+        raise RunError(f"{path} is too large; a table of at most {MAX_BYTES} bytes is read.")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise RunError(f"cannot read {path} as text: {error}.") from None
 
 
-def _number(cell: str | None, path: Path, line: int, column: str) -> float:
+def _number(cell: str | None, path: epath.Path, line: int, column: str) -> float:
     try:
         value = float(cell or "")
     except ValueError:

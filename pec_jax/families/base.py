@@ -51,8 +51,8 @@ class Pipeline(abc.ABC):
        small config for tests, and `make_tiny_parts` where the other parts are not SD3's.
 
     `tests/families` holds what every family is tested with: its network and its latents after ten
-    steps against diffusers, and a whole run at tiny size. `tests/families/film.py` is a family of
-    a few dozen lines, with a mask, no pooled text and latents of rank 4.
+    steps against diffusers, and a whole run at tiny size. `tests/families/film.py` is a whole
+    family of a hundred lines, with a mask, no pooled text and latents [frames, h, w, C].
 
     Attributes:
         transformer: the velocity field.
@@ -146,7 +146,7 @@ class Pipeline(abc.ABC):
 
     @abc.abstractmethod
     def conditioning_shapes(self) -> Conditioning:
-        """The conditioning of one prompt as `jax.ShapeDtypeStruct`s, from `text_lengths`."""
+        """The conditioning of one prompt, with shapes for arrays, from `text_lengths`."""
 
     # What a family may change.
 
@@ -250,6 +250,6 @@ class Pipeline(abc.ABC):
         return self.transformer_network.boxes(self.transformer)
 
 
-def per_mille(scalar: float | Array, x_t: Array) -> Array:
-    """1000 times a scalar or [N], as [N] fp32: how networks take sigma and guidance scale."""
+def timesteps(scalar: float | Array, x_t: Array) -> Array:
+    """A noise level or guidance scale, scalar or [N], as networks take it: times 1000, [N] fp32."""
     return jnp.broadcast_to(jnp.asarray(scalar, jnp.float32) * 1000.0, x_t.shape[:1])

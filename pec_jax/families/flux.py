@@ -14,16 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pec_jax.families.base import Pipeline, per_mille
+from pec_jax.families.base import Pipeline, timesteps
 from pec_jax.families.networks import PUBLISHED_VAE, Network, float_shape
 from pec_jax.families.text import clip_encoder, t5_encoder
+from pec_jax.io import read_json, write_json
 from pec_jax.models.flux import PACK, Flux, FluxConfig
 from pec_jax.models.text import Combine
 from pec_jax.types import Array, Conditioning, PyTree
-from pec_jax.weights.tensors import read_json, read_tensors, write_json, write_tensors
+from pec_jax.weights.published import Files
+from pec_jax.weights.tensors import read_tensors, write_tensors
 
 SAMPLE_SIZE = 128  # latent pixels; in diffusers a constant of the pipeline
 _SCHEDULER = {
@@ -46,7 +47,7 @@ _INDEX = {
 }
 
 
-def _inputs(config: FluxConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _inputs(config: FluxConfig) -> tuple[Any, ...]:
     return (
         float_shape(1, PACK, PACK, config.latent_channels),
         float_shape(1),
@@ -64,7 +65,7 @@ def combine(outputs: Mapping[str, Any], masks: Mapping[str, Array]) -> Condition
     )
 
 
-_PUBLISHED = {
+_PUBLISHED: dict[str, Files] = {
     "flux.1-dev": {
         "model_index.json": _INDEX,
         "transformer/config.json": {
@@ -141,8 +142,8 @@ class Flux1(Pipeline):
         guidance: float | None = None,
     ) -> Array:
         text = conditioning.tokens, conditioning.pooled
-        extra = () if guidance is None else (per_mille(guidance, x_t),)
-        return self.transformer.apply(variables, x_t, per_mille(sigma, x_t), *text, *extra)
+        extra = () if guidance is None else (timesteps(guidance, x_t),)
+        return self.transformer.apply(variables, x_t, timesteps(sigma, x_t), *text, *extra)
 
     @classmethod
     def combiner(cls, root: Path, text_length: int) -> Combine:

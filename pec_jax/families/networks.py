@@ -13,16 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pec_jax.io import read_json, write_json
 from pec_jax.models.vae import AutoencoderKL, VAEConfig
 from pec_jax.types import PyTree
 from pec_jax.weights.convert import boxed_variables, from_torch, placed_shapes, to_torch, unbox
-from pec_jax.weights.tensors import (
-    WeightsError,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from pec_jax.weights.tensors import WeightsError, read_tensors, write_tensors
 
 STEM = "diffusion_pytorch_model"
 MAX_SIZE = 2**20  # no width, depth or table of a real model is larger
@@ -43,7 +38,7 @@ class Network:
     class_name: str
     module: Callable[..., nn.Module]
     config: Any
-    inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
+    inputs: Callable[[Any], tuple[Any, ...]]
     buffers: Callable[[Any], PyTree] = lambda module: {}
 
     def boxes(self, module: Any) -> PyTree:
@@ -55,12 +50,12 @@ class Network:
         return unbox(self.boxes(module))
 
 
-def float_shape(*sizes: int) -> jax.ShapeDtypeStruct:
-    """The shape of a float32 array."""
+def float_shape(*sizes: int) -> Any:
+    """A `jax.ShapeDtypeStruct` that stands for a float32 array."""
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
-def _image_inputs(config: VAEConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _image_inputs(config: VAEConfig) -> tuple[Any, ...]:
     return (float_shape(1, config.scale_factor, config.scale_factor, config.in_channels),)
 
 

@@ -10,8 +10,9 @@ from pec_jax.families.flux import Flux1
 from pec_jax.families.networks import Network
 from pec_jax.families.sd3 import StableDiffusion3
 from pec_jax.families.text import TextEncoder
+from pec_jax.io import read_json
 from pec_jax.weights.published import Files
-from pec_jax.weights.tensors import WeightsError, read_json
+from pec_jax.weights.tensors import WeightsError
 
 Family = type[Pipeline]
 FAMILIES: tuple[Family, ...] = (StableDiffusion3, Flux1)

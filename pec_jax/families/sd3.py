@@ -15,22 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pec_jax.families.base import Pipeline, per_mille
+from pec_jax.families.base import Pipeline, timesteps
 from pec_jax.families.networks import PUBLISHED_VAE, Network, float_shape
 from pec_jax.families.text import clip_encoder, t5_encoder
+from pec_jax.io import read_json
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.models.text import Combine
 from pec_jax.types import Array, Conditioning, PyTree
 from pec_jax.weights.published import Files
-from pec_jax.weights.tensors import read_json
 
 T5_WIDTH = 4096  # of T5-XXL, where no config says another
 
 
-def _inputs(config: MMDiTConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _inputs(config: MMDiTConfig) -> tuple[Any, ...]:
     return (
         float_shape(1, config.patch_size, config.patch_size, config.in_channels),
         float_shape(1),
@@ -206,7 +205,7 @@ class StableDiffusion3(Pipeline):
     ) -> Array:
         del guidance
         text = conditioning.tokens, conditioning.pooled
-        return self.transformer.apply(variables, x_t, per_mille(sigma, x_t), *text)
+        return self.transformer.apply(variables, x_t, timesteps(sigma, x_t), *text)
 
     @classmethod
     def combiner(cls, root: Path, text_length: int) -> Combine:

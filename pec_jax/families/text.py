@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax.io import read_json
 from pec_jax.models import clip, t5
 from pec_jax.models.text import TextTower
 from pec_jax.weights.convert import boxed_variables, from_torch
-from pec_jax.weights.tensors import WeightsError, read_json, read_tensors
+from pec_jax.weights.tensors import WeightsError, read_tensors
 
 CLIP_LENGTH = 77  # tokens, of all published models
 

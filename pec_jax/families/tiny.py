@@ -13,7 +13,7 @@ import numpy as np
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.networks import load_module, save_network
 from pec_jax.families.registry import named_family, transformer_network
-from pec_jax.weights.tensors import write_json
+from pec_jax.io import write_json
 
 
 def write_pipeline(

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
 
 from pec_jax.flow.sampler import Velocity
-
-Array = jax.Array
 
 
 def output_log_prob(
     velocity: Velocity,
-    x_1: Array,
+    x_1: Float[Array, "n ..."],
     *,
-    sigmas: Array | np.ndarray,
-    key: Array,
+    sigmas: Float[ArrayLike, " t_plus_1"],
+    key: Key[Array, ""],
     num_probes: int = 1,
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, " n"], Float[Array, "n ..."]]:
     """Log-density of the latents that the ODE makes of noise.
 
     log p(x_0 | c) = log p(x_1) + integral_0^1 div v dsigma along dx/dsigma = v, by the midpoint
@@ -85,7 +84,9 @@ def output_log_prob(
     return log_prob, x_0
 
 
-def mean_and_error(log_prob: Array) -> tuple[Array, Array]:
+def mean_and_error(
+    log_prob: Float[Array, "..."],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The entropy -E log p(x_0 | c) and its standard error.
 
     Args:

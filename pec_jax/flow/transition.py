@@ -10,32 +10,42 @@ loss (1e-4 and below) is finer than bfloat16.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-Array = jax.Array
+from pec_jax.types import Scalar
+
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """The signature of every transition kernel."""
 
     def __call__(
         self,
-        x_t: Array,
-        velocity: Array,
-        sigma: Array,
-        sigma_next: Array,
+        x_t: Float[ArrayLike, "n ..."],
+        velocity: Float[ArrayLike, "n ..."],
+        sigma: Float[ArrayLike, "..."],
+        sigma_next: Float[ArrayLike, "..."],
         *,
-        noise_level: float | Array,
-        sigma_max: float | Array,
-    ) -> tuple[Array, Array]: ...
+        noise_level: Scalar,
+        sigma_max: Scalar,
+    ) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]: ...
 
 
-def flow_sde(x_t, velocity, sigma, sigma_next, *, noise_level, sigma_max):
+def flow_sde(
+    x_t: Float[ArrayLike, "n ..."],
+    velocity: Float[ArrayLike, "n ..."],
+    sigma: Float[ArrayLike, "..."],
+    sigma_next: Float[ArrayLike, "..."],
+    *,
+    noise_level: Scalar,
+    sigma_max: Scalar,
+) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """Flow-GRPO's reverse SDE, whose noise grows towards sigma = 1.
 
     s = a sqrt(sigma / (1 - sigma)), with sigma_max for the sigma below the line where sigma = 1;
@@ -61,7 +71,15 @@ def flow_sde(x_t, velocity, sigma, sigma_next, *, noise_level, sigma_max):
     return _reverse_sde(x_t, velocity, sigma, sigma_next, scale)
 
 
-def dance_sde(x_t, velocity, sigma, sigma_next, *, noise_level, sigma_max):
+def dance_sde(
+    x_t: Float[ArrayLike, "n ..."],
+    velocity: Float[ArrayLike, "n ..."],
+    sigma: Float[ArrayLike, "..."],
+    sigma_next: Float[ArrayLike, "..."],
+    *,
+    noise_level: Scalar,
+    sigma_max: Scalar,
+) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """DanceGRPO's reverse SDE: the form of `flow_sde` with the constant scale s = eta.
 
     Args:
@@ -83,7 +101,15 @@ def dance_sde(x_t, velocity, sigma, sigma_next, *, noise_level, sigma_max):
     return _reverse_sde(x_t, velocity, sigma, sigma_next, scale)
 
 
-def cps(x_t, velocity, sigma, sigma_next, *, noise_level, sigma_max):
+def cps(
+    x_t: Float[ArrayLike, "n ..."],
+    velocity: Float[ArrayLike, "n ..."],
+    sigma: Float[ArrayLike, "..."],
+    sigma_next: Float[ArrayLike, "..."],
+    *,
+    noise_level: Scalar,
+    sigma_max: Scalar,
+) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """Coefficients-preserving sampling: fresh noise replaces old, the total stays sigma_next.
 
     std = sigma_next sin(a pi / 2); x_0^ = x_t - sigma v; x_1^ = x_t + (1 - sigma) v;
@@ -112,7 +138,15 @@ def cps(x_t, velocity, sigma, sigma_next, *, noise_level, sigma_max):
     return mean, sigma_next * jnp.sin(angle)
 
 
-def ode(x_t, velocity, sigma, sigma_next, *, noise_level=0.0, sigma_max=1.0):
+def ode(
+    x_t: Float[ArrayLike, "n ..."],
+    velocity: Float[ArrayLike, "n ..."],
+    sigma: Float[ArrayLike, "..."],
+    sigma_next: Float[ArrayLike, "..."],
+    *,
+    noise_level: Scalar = 0.0,
+    sigma_max: Scalar = 1.0,
+) -> tuple[Float[Array, "n ..."], Float[Array, "..."]]:
     """The Euler step of the probability-flow ODE: mean = x_t + v dt, std = 0.
 
     Args:
@@ -152,7 +186,9 @@ def get_kernel(name: str | Kernel) -> Kernel:
     return KERNELS[name]
 
 
-def log_prob(x_next: Array, mean: Array, std: Array) -> Array:
+def log_prob(
+    x_next: Float[ArrayLike, "n ..."], mean: Float[ArrayLike, "n ..."], std: Float[ArrayLike, "..."]
+) -> Float[Array, " n"]:
     """Gaussian log-density, its mean over the non-batch dimensions.
 
     mean_i [-(x_i - mu_i)^2 / (2 std^2) - log std - 1/2 log(2 pi)]
@@ -173,7 +209,12 @@ def log_prob(x_next: Array, mean: Array, std: Array) -> Array:
     )
 
 
-def gaussian_kl(mean: Array, mean_ref: Array, std: Array, dt: float | Array | None = None) -> Array:
+def gaussian_kl(
+    mean: Float[ArrayLike, "n ..."],
+    mean_ref: Float[ArrayLike, "n ..."],
+    std: Float[ArrayLike, "..."],
+    dt: Float[ArrayLike, "..."] | None = None,
+) -> Float[Array, " n"]:
     """KL divergence of two Gaussians of equal std, its mean over the non-batch dimensions.
 
     mean_i (mu_i - mu_ref_i)^2 / (2 std^2)
@@ -195,7 +236,7 @@ def gaussian_kl(mean: Array, mean_ref: Array, std: Array, dt: float | Array | No
     return _mean_over_dimensions(jnp.square(mean - mean_ref) / (2.0 * variance))
 
 
-def policy_entropy(std: Array) -> Array:
+def policy_entropy(std: Float[ArrayLike, "*s"]) -> Float[Array, "*s"]:
     """Entropy of the Gaussian policy: 1/2 log(2 pi e std^2).
 
     Args:
@@ -210,8 +251,8 @@ def policy_entropy(std: Array) -> Array:
 
 
 def schedule_stds(
-    sigmas: Array | np.ndarray, kernel: str | Kernel, noise_level: float | Array
-) -> Array:
+    sigmas: Float[ArrayLike, " t_plus_1"], kernel: str | Kernel, noise_level: Scalar
+) -> Float[Array, " t"]:
     """The std of every step of a schedule, e.g. s_t sqrt(-dt) for `flow_sde`.
 
     Args:
@@ -239,7 +280,7 @@ def _reverse_sde(x_t, velocity, sigma, sigma_next, scale):
     return mean, scale * jnp.sqrt(-dt)
 
 
-def _as_float32(*arrays):
+def _as_float32(*arrays: ArrayLike) -> tuple[Array, ...]:
     return tuple(jnp.asarray(a, jnp.float32) for a in arrays)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from io import BytesIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from tqdm import tqdm
 
+from pec_jax import io
 from pec_jax.errors import RunError
 from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory
@@ -23,6 +25,7 @@ from pec_jax.types import Array, Conditioning, PyTree
 from pec_jax.weights.lora_files import read_lora
 
 MAX_GRID_COLUMNS = 12
+LORA_FILES = ("*.safetensors", "*.json")  # what is fetched of a remote directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Request:
     batch_size: int = 16
 
 
-def run(request: Request, out: Path) -> None:
+def run(request: Request, out: epath.Path) -> None:
     """Draws the images of a request and writes PNGs, `grid.png` and `latents.npy` into `out`.
 
     Raises:
@@ -71,13 +74,13 @@ def run(request: Request, out: Path) -> None:
     noise = initial_latents(request, count, shape)
     variables = pipeline.transformer_variables
     if request.lora:
-        variables = learned_variables(Path(request.lora), pipeline, use_ema=request.use_ema)
+        variables = learned_variables(io.path(request.lora), pipeline, use_ema=request.use_ema)
     latents, images = draw(request, pipeline, variables, noise)
     save(out, request, latents, images)
     logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
 
 
-def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -> Array:
+def initial_latents(request: Request, count: int, shape: tuple[int, ...]) -> Array:
     """Unit Gaussian noise [N, h, w, C]; image i has the same noise whatever N is.
 
     Raises:
@@ -88,11 +91,11 @@ def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -
             jnp.arange(count)
         )
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    path = Path(request.init_latents).expanduser()
+    path = io.path(request.init_latents)
     height, width, channels = shape
     expected = (count, channels, height, width)
     try:
-        stored = np.load(path, allow_pickle=False)
+        stored = np.load(io.local_copy(path), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a .npy file of numbers: {error}") from None
     if stored.shape not in (expected, (1, *expected[1:])) or stored.dtype.kind != "f":
@@ -104,7 +107,7 @@ def initial_latents(request: Request, count: int, shape: tuple[int, int, int]) -
     return jnp.asarray(stored.transpose(0, 2, 3, 1))
 
 
-def learned_variables(source: Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
+def learned_variables(source: epath.Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
     """The transformer's variables with what a run has learned, or with a LoRA file applied.
 
     Args:
@@ -117,14 +120,14 @@ def learned_variables(source: Path, pipeline: Pipeline, *, use_ema: bool) -> PyT
       CheckpointError: the run's checkpoints are damaged.
       WeightsError: the LoRA cannot be read, or is one of another model.
     """
-    source, variables = source.expanduser(), pipeline.transformer_variables
+    variables = pipeline.transformer_variables
     if (source / "config.json").is_file():
         config = run_config(source)
         learned = learned_params(source, config, pipeline, use_ema=use_ema)
         return bind(config.trainable, learned, variables)
     if not source.exists():
         raise RunError(f"{source} does not exist; it must be a run directory or a LoRA file.")
-    return {**variables, "lora": read_lora(source, variables["params"])}
+    return {**variables, "lora": read_lora(io.local_copy(source, LORA_FILES), variables["params"])}
 
 
 def draw(
@@ -132,6 +135,7 @@ def draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
     prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
+    assert pipeline.text is not None  # `run` loads it
     encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
     negative = jax.tree.map(lambda a: a[-1:], encoded)
     stochastic = request.sampler != "ode"
@@ -163,9 +167,11 @@ def draw(
     return latents, images
 
 
-def save(out: Path, request: Request, latents: np.ndarray, images: np.ndarray) -> None:
+def save(out: epath.Path, request: Request, latents: np.ndarray, images: np.ndarray) -> None:
     """Writes one PNG an image, the contact sheet and the latents."""
-    np.save(out / "latents.npy", latents.transpose(0, 3, 1, 2).astype(np.float32))
+    buffer = BytesIO()
+    np.save(buffer, latents.transpose(0, 3, 1, 2).astype(np.float32))
+    io.write_bytes(out / "latents.npy", buffer.getvalue())
     for number, image in enumerate(images):
         save_png(out / f"{number:05d}.png", to_picture(image))
     columns = min(request.num_images, MAX_GRID_COLUMNS)

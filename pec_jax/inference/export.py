@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 
 from pec_jax.config import unknown
 from pec_jax.config.schema import TrainableConfig
@@ -15,12 +14,13 @@ from pec_jax.errors import RunError
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.families.networks import STEM
 from pec_jax.families.pipeline import load_pipeline
+from pec_jax.io import read_json, write_json
 from pec_jax.models import lora
 from pec_jax.training.run_directory import learned_params, run_config
 from pec_jax.types import PyTree
 from pec_jax.weights import lora_files
 from pec_jax.weights.convert import to_torch
-from pec_jax.weights.tensors import read_json, read_metadata, write_json, write_tensors
+from pec_jax.weights.tensors import read_metadata, write_tensors
 
 # Kind -> the files of an export, that with the weights first.
 FILES = {
@@ -31,7 +31,7 @@ MARK = {"written_by": "pec_jax.export"}  # in the weights' header: this may be r
 
 
 def run(
-    workdir: Path, kind: str, out: Path, *, use_ema: bool = True, dtype: str = "float32"
+    workdir: epath.Path, kind: str, out: epath.Path, *, use_ema: bool = True, dtype: str = "float32"
 ) -> None:
     """Exports the newest checkpoint of a run.
 
@@ -73,7 +73,7 @@ def run(
     logging.info("Load it in diffusers with %s.from_pretrained(%r).", name, str(out))
 
 
-def prepare(out: Path, kind: str) -> None:
+def prepare(out: epath.Path, kind: str) -> None:
     """Makes the output directory, or checks that what it holds may be replaced.
 
     Raises:

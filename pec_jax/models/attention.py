@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from pec_jax.distributed.mesh import on_shards
+from pec_jax.distributed.mesh import on_shards, platform
 
 Array = jax.Array
 
@@ -46,19 +47,19 @@ def attention(
     Source: Vaswani et al. 2017, equation 1.
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    plain = functools.partial(written_out, bias=bias, scale=scale)
+    plain = functools.partial(reference_attention, bias=bias, scale=scale)
     long = k.shape[1] >= FUSED_FROM and q.shape[-1] <= FUSED_HEAD_DIM
     if bias is not None or q.dtype != jnp.bfloat16 or not long:
         return plain(q, k, v)
     fused = {"tpu": functools.partial(on_tpu, scale=scale)}
-    if jax.default_backend() == "gpu":  # cuDNN's looks for its library when it is traced
+    if platform() == "gpu":  # cuDNN's looks for its library when it is traced
         fused["cuda"] = functools.partial(
             jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
         )
     return jax.lax.platform_dependent(q, k, v, default=plain, **fused)
 
 
-def written_out(q: Array, k: Array, v: Array, *, bias: Array | None, scale: float) -> Array:
+def reference_attention(q: Array, k: Array, v: Array, *, bias: Array | None, scale: float) -> Array:
     """`attention` by two matrix products, heads before positions.
 
     The division by the softmax's sum comes after the product with v: that touches Lq*D numbers a
@@ -90,10 +91,9 @@ def on_tpu(q: Array, k: Array, v: Array, *, scale: float, interpret: bool = Fals
     block_q, block_k = _block(length), _block(num_keys)
     q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
     # Padded keys are a segment of their own, to which no query belongs.
-    segments = splash.SegmentIds(
-        q=np.zeros(q.shape[1], np.int32),
-        kv=(np.arange(k.shape[1]) >= num_keys).astype(np.int32),
-    )
+    query_segments: Any = np.zeros(q.shape[1], np.int32)  # constants, though declared as jax's
+    key_segments: Any = (np.arange(k.shape[1]) >= num_keys).astype(np.int32)
+    segments = splash.SegmentIds(q=query_segments, kv=key_segments)
 
     def images(q, k, v):  # [n, L, h, D]: those of this chip
         kernel = splash.make_splash_mha_single_device(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as init
 
-from pec_jax.distributed.mesh import constrain
+from pec_jax.distributed.mesh import at_use, constrain
 from pec_jax.models import hf_config
 from pec_jax.models.layers import (
     Conv,
@@ -143,10 +143,10 @@ class Dinov2Embeddings(nn.Module):
             dtype=self.dtype,
             name="patch_embeddings.projection",
         )(pixels)
-        grid = x.shape[1:3]
+        rows, columns = x.shape[1:3]
         count = (c.image_size // c.patch_size) ** 2
         positions = self._table("position_embeddings", 1 + count)
-        table = interpolate_positions(positions[0, 1:], *grid, smooth=c.smooth_positions)
+        table = interpolate_positions(positions[0, 1:], rows, columns, smooth=c.smooth_positions)
         x = x.reshape(n, -1, c.hidden_size) + table
         tokens = [self._table("cls_token", 1) + positions[:, :1]]
         if c.num_register_tokens:
@@ -155,9 +155,10 @@ class Dinov2Embeddings(nn.Module):
         return jnp.concatenate([*tokens, x], axis=1)
 
     def _table(self, name: str, length: int) -> Array:
-        table = nn.with_logical_partitioning(init.truncated_normal(0.02), (None, None, "embed"))
+        axes = (None, None, "embed")
+        table = nn.with_logical_partitioning(init.truncated_normal(0.02), axes)
         value = self.param(name, table, (1, length, self.config.hidden_size))
-        return jnp.asarray(value, self.dtype)
+        return at_use(jnp.asarray(value, self.dtype), *axes)
 
 
 class Dinov2Layer(nn.Module):

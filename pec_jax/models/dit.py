@@ -211,7 +211,7 @@ class JointBlock(nn.Module):
         x = x + change
         x = x + gate_mlp * FeedForward(dtype, name="ff")(modulate(x, shift_mlp, scale_mlp, dtype))
         x = sharding.constrain(x, "batch", "tokens", "embed")
-        if self.last:
+        if attended_context is None:  # of the last block, whose context nothing reads
             return (x, context), None
         context = context + c_gate * attended_context
         mlp_input = modulate(context, c_shift_mlp, c_scale_mlp, dtype)

@@ -51,7 +51,7 @@ class FluxConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FluxConfig:
-        """Reads a diffusers config; keys starting with "_" are notes and are passed over.
+        """Reads a diffusers config; keys starting with "_" are notes and are ignored.
 
         Raises:
             ValueError: a key or a value that this network does not implement.

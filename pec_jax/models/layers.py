@@ -19,14 +19,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import linear_call
 from jax.nn import initializers as init
 
-from pec_jax.distributed.mesh import at_use
+from pec_jax.distributed.mesh import at_use, platform
+from pec_jax.models import cpu
 
 Array = jax.Array
 Initializer = Callable[..., Array]
-CPU_UNROLL = 4
 
 # What the backward pass finds stored, beside the inputs of each block. "dots" keeps the outputs of
 # the linear layers and computes attention, norms and activations again.
@@ -108,41 +107,10 @@ def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Arr
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-@jax.custom_jvp
-def product(x: Array, kernel: Array) -> Array:
-    """x W, differentiated as it is fast on a CPU.
-
-    The gradient for W is x^T dy. JAX's own rule has (dy^T x)^T: XLA then transposes dy, and
-    computes what dy comes from once more to do so. Here x is transposed, which is in memory.
-
-    Args:
-        x: [..., in].
-        kernel: [in, out].
-
-    Returns:
-        [..., out].
-    """
-    return jnp.dot(x, kernel)
-
-
-@product.defjvp
-def _product_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]):
-    (x, kernel), (dx, dkernel) = primals, tangents
-
-    def gradient(x: Array, dy: Array) -> Array:
-        return jnp.dot(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, dy.shape[-1]))
-
-    along_kernel = linear_call(jnp.dot, gradient, x, dkernel)
-    return product(x, kernel), jnp.dot(dx, kernel) + along_kernel
-
-
 def adapted_product(x: Array, kernel: Array, a: Array, b: Array) -> Array:
     """x (W + a b), in the order that costs less.
 
-    As a rule x W + (x a) b. Beside a small W of the embedded model's size an adapter is not thin:
-    its three passes (forward, and backward for x and for itself) cost a token as much as the one
-    more that W + a b has, its gradient, in smaller pieces. That is for fp32 only; in bfloat16 the
-    sum would round small a b away.
+    As a rule x W + (x a) b; on a CPU, a small W may be joined with its adapter first.
 
     Args:
         x: [..., in].
@@ -153,11 +121,32 @@ def adapted_product(x: Array, kernel: Array, a: Array, b: Array) -> Array:
     Returns:
         [..., out].
     """
-    (fan_in, fan_out), rank = kernel.shape, a.shape[-1]
-    thin = 3 * rank * (fan_in + fan_out) < fan_in * fan_out
-    if thin or kernel.dtype != jnp.float32:
-        return jnp.dot(x, kernel) + jnp.dot(jnp.dot(x, a), b)
-    return product(x, kernel + jnp.dot(a, b))
+    if platform() == "cpu" and cpu.joins_adapter(kernel, a.shape[-1]):
+        return cpu.product(x, kernel + jnp.dot(a, b))
+    return jnp.dot(x, kernel) + jnp.dot(jnp.dot(x, a), b)
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    initializer: Initializer,
+    axes: tuple[str | None, ...],
+    shape: Sequence[int],
+) -> Array:
+    """A module's parameter, of which the logical axes are known when it is made.
+
+    Args:
+        module: whose `__call__` this is called in.
+        name: of the parameter.
+        initializer: (key, shape) -> array.
+        axes: logical name of each axis.
+        shape: of the parameter.
+
+    Returns:
+        The array; linen declares the box of its axes, which it takes off itself.
+    """
+    value: Any = module.param(name, nn.with_logical_partitioning(initializer, axes), shape)
+    return value
 
 
 class Dense(nn.Module):
@@ -175,10 +164,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
-            (x.shape[-1], self.features),
+        kernel = parameter(
+            self, "kernel", self.kernel_init, self.kernel_axes, (x.shape[-1], self.features)
         )
         x = x.astype(self.dtype)
         kernel = at_use(kernel.astype(self.dtype), *self.kernel_axes)
@@ -190,8 +177,8 @@ class Dense(nn.Module):
         else:
             y = jnp.dot(x, kernel)
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(init.zeros, self.kernel_axes[-1:])
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            bias = parameter(self, "bias", init.zeros, self.kernel_axes[-1:], (self.features,))
+            y = y + bias.astype(self.dtype)
         return y
 
 
@@ -209,10 +196,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         axes = (None, None, "conv_in", "conv_out")
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, axes),
-            (*self.kernel_size, x.shape[-1], self.features),
+        kernel = parameter(
+            self, "kernel", self.kernel_init, axes, (*self.kernel_size, x.shape[-1], self.features)
         )
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
@@ -222,8 +207,8 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(init.zeros, ("conv_out",))
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            bias = parameter(self, "bias", init.zeros, ("conv_out",), (self.features,))
+            y = y + bias.astype(self.dtype)
         return y
 
 
@@ -243,18 +228,16 @@ class PatchConv(nn.Module):
         n, height, width, channels = x.shape
         p = self.patch_size
         axes = (None, None, "conv_in", "embed")
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init.lecun_normal(), axes),
-            (p, p, channels, self.features),
+        kernel = parameter(
+            self, "kernel", init.lecun_normal(), axes, (p, p, channels, self.features)
         )
         kernel = at_use(kernel.astype(self.dtype), *axes)
         x = x.astype(self.dtype).reshape(n, height // p, p, width // p, p, channels)
         x = x.swapaxes(2, 3).reshape(n, height // p, width // p, p * p * channels)
         y = jnp.dot(x, kernel.reshape(-1, self.features))
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(init.zeros, ("embed",))
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            bias = parameter(self, "bias", init.zeros, ("embed",), (self.features,))
+            y = y + bias.astype(self.dtype)
         return y
 
 
@@ -268,9 +251,11 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array) -> Array:
-        table = self.param(
+        table = parameter(
+            self,
             "embedding",
-            nn.with_logical_partitioning(self.embedding_init, ("vocab", "embed")),
+            self.embedding_init,
+            ("vocab", "embed"),
             (self.num_embeddings, self.features),
         )
         return jnp.take(at_use(table.astype(self.dtype), "vocab", "embed"), ids, axis=0)
@@ -293,11 +278,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = normalize(x, self.epsilon)
-        ones = nn.with_logical_partitioning(init.ones, ("norm",))
-        y = y * self.param("scale", ones, x.shape[-1:])
+        y = y * parameter(self, "scale", init.ones, ("norm",), x.shape[-1:])
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(init.zeros, ("norm",))
-            y = y + self.param("bias", zeros, x.shape[-1:])
+            y = y + parameter(self, "bias", init.zeros, ("norm",), x.shape[-1:])
         return y.astype(self.dtype)
 
 
@@ -309,8 +292,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        ones = nn.with_logical_partitioning(init.ones, ("norm",))
-        scale = self.param("scale", ones, x.shape[-1:])
+        scale = parameter(self, "scale", init.ones, ("norm",), x.shape[-1:])
 
         # What lies between x and y is cheaper to compute again than to keep for the gradient.
         @jax.checkpoint
@@ -341,9 +323,8 @@ class GroupNorm(nn.Module):
         y = x.astype(jnp.float32).reshape(batch, -1, channels)
         y = y - group_mean(y)
         y = y * jax.lax.rsqrt(group_mean(jnp.square(y)) + self.epsilon)
-        ones = nn.with_logical_partitioning(init.ones, ("norm",))
-        zeros = nn.with_logical_partitioning(init.zeros, ("norm",))
-        y = y * self.param("scale", ones, (channels,)) + self.param("bias", zeros, (channels,))
+        y = y * parameter(self, "scale", init.ones, ("norm",), (channels,))
+        y = y + parameter(self, "bias", init.zeros, ("norm",), (channels,))
         return y.reshape(x.shape).astype(self.dtype)
 
 
@@ -380,21 +361,19 @@ def scan_layers(
 ) -> type[nn.Module]:
     """A run of `length` equal blocks as one scan, so that the program does not grow with depth.
 
-    On CPU a short run is unrolled: XLA then fuses across layers instead of copying in and out of
-    a loop, which makes the gradient of the embedded default 15% faster and halves its compilation.
+    A program for CPUs has short runs unrolled, see `cpu.unrolled`.
 
     Args:
         block: a module `block(carry, *broadcast) -> (carry, None)`.
         length: number of layers; parameters are stacked on axis 0, [length, ...].
         remat: what of a block's activations the backward pass computes again, of `REMAT`.
-        unroll: layers a loop iteration; it changes speed only. By default all of them on CPU,
-            up to CPU_UNROLL layers, else one.
+        unroll: layers per loop iteration; it changes speed only. The platform's choice by default.
 
     Returns:
         A module class of the same signature as `block`; name its instance by `run_name`.
     """
     if unroll is None:
-        unroll = length if jax.default_backend() == "cpu" and length <= CPU_UNROLL else 1
+        unroll = cpu.unrolled(length) if platform() == "cpu" else 1
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
     return nn.scan(

@@ -46,7 +46,7 @@ class MMDiTConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MMDiTConfig:
-        """Reads a diffusers config; keys starting with "_" are notes and are passed over.
+        """Reads a diffusers config; keys starting with "_" are notes and are ignored.
 
         Raises:
             ValueError: a key or a value that this network does not implement.
@@ -136,7 +136,8 @@ class PatchEmbed(nn.Module):
         size = c.pos_embed_max_size
         base = c.sample_size // c.patch_size
         make_table = nn.with_logical_partitioning(sincos_position_table, (None, None, "embed"))
-        table = self.variable("buffers", "pos_embed", make_table, c.inner_dim, size, base).value
+        buffer = self.variable("buffers", "pos_embed", make_table, c.inner_dim, size, base)
+        table: Any = buffer.value  # linen declares the box of its axes, which it has taken off
         x = layers.PatchConv(c.inner_dim, c.patch_size, dtype=self.dtype, name="proj")(x)
         n, rows, columns, dim = x.shape
         if rows > size or columns > size:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pec_jax.types import Array, Conditioning
+from pec_jax.types import Conditioning
 
 Tokenizer = Callable[..., Mapping[str, Any]]  # a Hugging Face tokenizer
 
@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
 
 
 # (outputs of the towers, masks [N, L] of their tokens) -> conditioning, by name of the tower
-Combine = Callable[[Mapping[str, Any], Mapping[str, Array]], Conditioning]
+Combine = Callable[[Mapping[str, Any], Mapping[str, Any]], Conditioning]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,8 @@ class TextStack:
         Returns:
             Tower -> tokens [N, L].
         """
-        tokens, too_long = {}, {}  # the second is a set that remembers the order
+        tokens: dict[str, Tokens] = {}
+        too_long: dict[str, None] = {}  # a set that remembers the order
         for name, tower in self.towers.items():
             whole = tower.tokenizer(list(prompts), verbose=False)["input_ids"]
             too_long.update({p: None for p, row in zip(prompts, whole) if len(row) > tower.length})

@@ -46,7 +46,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
-        """Reads a diffusers config; keys starting with "_" are notes and are passed over.
+        """Reads a diffusers config; keys starting with "_" are notes and are ignored.
 
         Raises:
             ValueError: a key or a value that this network does not implement.

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as init
 
-from pec_jax.distributed.mesh import constrain
+from pec_jax.distributed.mesh import at_use, constrain
 from pec_jax.models import hf_config
 from pec_jax.models.attention import attention
 from pec_jax.models.layers import (
@@ -96,10 +96,12 @@ class ViTEmbeddings(nn.Module):
             name="patch_embeddings.projection",
         )(pixels)
         x = x.reshape(x.shape[0], -1, c.hidden_size)  # [N, patches, D]
-        table = nn.with_logical_partitioning(init.truncated_normal(0.02), (None, None, "embed"))
+        axes = (None, None, "embed")
+        table = nn.with_logical_partitioning(init.truncated_normal(0.02), axes)
         token = jnp.asarray(self.param("cls_token", table, (1, 1, c.hidden_size)), self.dtype)
         shape = (1, x.shape[1] + 1, c.hidden_size)
         positions = jnp.asarray(self.param("position_embeddings", table, shape), self.dtype)
+        token, positions = at_use(token, *axes), at_use(positions, *axes)
         token = jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size))
         return jnp.concatenate([token, x], axis=1) + positions
 

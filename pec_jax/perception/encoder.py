@@ -1,26 +1,20 @@
 """What a perceptual encoder is: decoded images to features, in the graph.
 
-Adding one is one file in `perception/encoders/` (or a user's own, given by --plugin) that calls
-`register`. Its weights are loaded by `Networks`, onto the mesh; an encoder itself holds none.
+Its weights are loaded by `Networks`, onto the mesh; an encoder itself holds none.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pec_jax.config.fields import field
-from pec_jax.config.registry import ENCODERS
 from pec_jax.types import PyTree
-
-if TYPE_CHECKING:
-    from pec_jax.perception.networks import Networks
 
 
 def unit(features: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -38,7 +32,7 @@ class Encoder:
 
     Attributes:
         name: of its directory.
-        network: key of its variables, see `Networks`.
+        network: key of its variables, see `Networks`; '' for none ({}).
         dim: d, the number of features.
         image_features: (variables, images [N, H, W, 3] in [0, 1]) -> [N, d] fp32, not normalised.
             Any H and W; resized as `preprocessor_config.json` says.
@@ -73,41 +67,3 @@ class Encoder:
             list(texts), padding="max_length", max_length=self.text_length, truncation=True
         )
         return np.asarray(encoded["input_ids"], np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderOptions:
-    """What every encoder has; a definition may add its own."""
-
-    model: str = field("Directory or hub id@revision; '' is the pipeline's own.", "")
-    evaluate: bool = field("Measure diversity in its space in the evaluation.", False)
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderDefinition:
-    """An encoder as a config knows it.
-
-    Attributes:
-        name: as in a config, `encoders.NAME`.
-        options: the dataclass of its section, `EncoderOptions` or a subclass.
-        make: (options, networks) -> Encoder.
-    """
-
-    name: str
-    options: type
-    make: Callable[[Any, Networks], Encoder]
-
-    @property
-    def origin(self) -> str:
-        """The module that defines it."""
-        return self.make.__module__
-
-
-def register(name: str, options: type = EncoderOptions) -> Callable[[Callable], Callable]:
-    """Decorator that makes a factory (options, networks) -> Encoder known to configs."""
-
-    def add(make: Callable) -> Callable:
-        ENCODERS.register(EncoderDefinition(name, options, make))
-        return make
-
-    return add

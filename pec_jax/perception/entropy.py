@@ -19,8 +19,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma, gammaln
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-Array = jax.Array
+from pec_jax.types import Scalar
 
 _LOG_2PI = math.log(2.0 * math.pi)
 # Without it a TPU multiplies float32 matrices in bfloat16, which is coarser than the ridge.
@@ -28,7 +30,9 @@ _EXACT = jax.lax.Precision.HIGHEST
 SCALES = ("unit", "unit_sqrt_d")
 
 
-def gaussian_surprisal(features: Array, bandwidth: float | Array) -> Array:
+def gaussian_surprisal(
+    features: Float[ArrayLike, "*p k d"], bandwidth: Scalar
+) -> Float[Array, "*p k"]:
     """Surprisal under an isotropic Gaussian around the group's mean.
 
     h_k = |f_k - mean f|^2 / (2 s^2 d) + 1/2 log(2 pi s^2)
@@ -53,7 +57,9 @@ def gaussian_surprisal(features: Array, bandwidth: float | Array) -> Array:
     return distance / (2.0 * variance) + 0.5 * (_LOG_2PI + jnp.log(variance))
 
 
-def logdet_surprisal(features: Array, eps: float = 1e-4) -> Array:
+def logdet_surprisal(
+    features: Float[ArrayLike, "*p k d"], eps: Scalar = 1e-4
+) -> Float[Array, "*p k"]:
     """Surprisal under a Gaussian of full covariance, credited by leaving each image out.
 
     H = 1/(2 d) log det(2 pi e (Sigma + eps I)), Sigma the population covariance;
@@ -92,7 +98,9 @@ def logdet_surprisal(features: Array, eps: float = 1e-4) -> Array:
     return entropy[..., None] + _centred(credit, axis=-1)
 
 
-def knn_surprisal(features: Array, k: int = 3, min_distance: float = 1e-4) -> Array:
+def knn_surprisal(
+    features: Float[ArrayLike, "*p k d"], k: int = 3, min_distance: float = 1e-4
+) -> Float[Array, "*p k"]:
     """Surprisal by the distance to the k-th nearest neighbour (Kozachenko-Leonenko).
 
     h_i = log rho_k(i) + (psi(K) - psi(k) + log V_d) / d, V_d the volume of the unit ball.
@@ -146,7 +154,7 @@ def get_estimator(name: str) -> Callable[..., Array]:
     return ESTIMATORS[name]
 
 
-def perceptual_variance(features: Array) -> Array:
+def perceptual_variance(features: Float[ArrayLike, "*p k d"]) -> Float[Array, "*p"]:
     """Mean squared distance of a group's features to their mean: the trace of the covariance.
 
     1/K sum_k |f_k - mean f|^2, summed (not averaged) over the d dimensions.
@@ -160,7 +168,7 @@ def perceptual_variance(features: Array) -> Array:
     return jnp.mean(jnp.sum(jnp.square(_centred(_checked(features))), axis=-1), axis=-1)
 
 
-def scale_features(features: Array, scale: str) -> Array:
+def scale_features(features: Float[ArrayLike, "*n d"], scale: str) -> Float[Array, "*n d"]:
     """Features on the unit sphere, or on the sphere of radius sqrt(d).
 
     The second gives each dimension a mean square of 1, so that entropies per dimension do not
@@ -184,7 +192,7 @@ def scale_features(features: Array, scale: str) -> Array:
     return radius * features * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
 
 
-def schedule_bandwidth(stds: Array) -> Array:
+def schedule_bandwidth(stds: Float[ArrayLike, " s"]) -> Float[Array, ""]:
     """The bandwidth that makes the perceptual Gaussian as wide as the policy's.
 
     s = sqrt(mean_t std_t^2)
@@ -262,7 +270,7 @@ def _centred(x: Array, axis: int = -2) -> Array:
     return x - jnp.mean(x, axis=axis, keepdims=True)
 
 
-def _checked(features: Array) -> Array:
+def _checked(features: ArrayLike) -> Array:
     features = jnp.asarray(features, jnp.float32)
     if features.ndim < 2 or features.shape[-2] < 2:
         raise ValueError(

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.families.text import load_tokenizer, load_variables
+from pec_jax.io import read_json
 from pec_jax.models import clip, dinov2, vit
 from pec_jax.perception.encoder import Encoder
 from pec_jax.perception.preprocessing import Preprocessor
 from pec_jax.types import PyTree
 from pec_jax.weights.convert import boxed_variables, placed_shapes
-from pec_jax.weights.tensors import read_json
 
 Array = jax.Array
 Loaded = tuple[Encoder, PyTree]  # an encoder and its variables

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pec_jax.perception.encoder import Encoder
 from pec_jax.types import PyTree
 
-if TYPE_CHECKING:
-    from pec_jax.distributed.mesh import Placement
-    from pec_jax.perception.encoder import Encoder
+# (logical axes, shape) -> where an array lies; `distributed.mesh.Placement`, which imports flax
+Placement = Callable[[Sequence[str | None], Sequence[int]], Any]
 
 
 @dataclasses.dataclass(frozen=True)

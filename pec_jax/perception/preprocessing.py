@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from pec_jax.models.resampling import FILTERS, resize_weights
-
-Array = jax.Array
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SHORTEST_EDGE: dict[str, Any] = {
@@ -53,7 +52,7 @@ def _straight_through(value: Array, x: Array) -> Array:
     return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
 
 
-def to_uint8_levels(images: Array) -> Array:
+def to_uint8_levels(images: Float[Array, "*n h w c"]) -> Float[Array, "*n h w c"]:
     """Rounds images to the values that a saved PNG would hold, round(255 x) / 255.
 
     Args:
@@ -92,7 +91,9 @@ def _resample(levels: Array, size: int, axis: int, resample: int) -> Array:
     return _straight_through(rounded, smooth)
 
 
-def resize(images: Array, height: int, width: int, resample: int) -> Array:
+def resize(
+    images: Float[Array, "n h w c"], height: int, width: int, resample: int
+) -> Float[Array, "n height width c"]:
     """Resizes as Pillow does 8-bit images: columns, then rows, 8 bits after each pass.
 
     Args:
@@ -181,7 +182,7 @@ class Preprocessor:
             return (self.shortest_edge, other) if height <= width else (other, self.shortest_edge)
         return self.size or (height, width)
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n out_h out_w 3"]:
         """Prepares images for an encoder.
 
         Args:

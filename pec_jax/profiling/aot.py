@@ -2,7 +2,7 @@
 
 Everything is a shape: no weights are read and no memory is taken, so that a step for a pod
 compiles on a laptop. The program is the one that trains: the same functions, shardings and
-donation.
+donation, written for the topology's platform and not for the machine that compiles it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pec_jax import io
 from pec_jax.config import Config, ConfigError, unknown
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed import mesh as sharding
@@ -49,6 +50,23 @@ class Arguments:
     key: jax.ShapeDtypeStruct
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A train step, compiled.
+
+    Attributes:
+        executable: for the devices of the mesh.
+        arguments: what it takes.
+        flops: of the program before the compiler, over all devices together; see `flops`.
+        seconds: that tracing and compiling took.
+    """
+
+    executable: Any
+    arguments: Arguments
+    flops: int
+    seconds: float
+
+
 def topology_devices(name: str) -> tuple[list[Any], Chip]:
     """The devices of a topology such as "v5e:4x4", and what one of them can do.
 
@@ -70,11 +88,8 @@ def topology_devices(name: str) -> tuple[list[Any], Chip]:
     return list(topology.devices), CHIPS[kind]
 
 
-def compile_step(config: Config, devices: list[Any]) -> tuple[Any, Program, Arguments, float]:
-    """Compiles the train step for devices that may not be there.
-
-    Returns:
-      The compiled step, its program, its arguments, and the seconds that compiling took.
+def compile_step(config: Config, devices: list[Any]) -> CompiledStep:
+    """Compiles the train step for devices that need not be present.
 
     Raises:
       ConfigError: the config does not fit the devices, or names a model that is neither on the
@@ -93,9 +108,10 @@ def compile_step(config: Config, devices: list[Any]) -> tuple[Any, Program, Argu
     )
     start = time.perf_counter()
     with sharding.active(mesh, config):
-        lowered = step.lower(arguments.state, arguments.frozen, arguments.batch, arguments.key)
-        compiled = lowered.compile()
-    return compiled, program, arguments, time.perf_counter() - start
+        traced = step.trace(arguments.state, arguments.frozen, arguments.batch, arguments.key)
+        executable = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    return CompiledStep(executable, arguments, flops.of_jaxpr(traced.jaxpr.jaxpr), seconds)
 
 
 def abstract_step(
@@ -142,7 +158,7 @@ def config_files(name: str, scratch: Path, *, pipeline: bool) -> Path:
     Raises:
       ConfigError: neither a directory nor published.
     """
-    if name == "shapes" or Path(name).expanduser().exists():
+    if name == "shapes" or io.path(name).exists():
         return pipeline_directory(name) if pipeline else model_directory(name)
     models = published_pipelines() if pipeline else ENCODERS
     files = published.find(name, models)
@@ -165,7 +181,7 @@ def _arguments(
     state = jax.eval_shape(program.initial_state, params)
     shardings = sharding.state_shardings(state, axes, program.learner.optimizer, place)
     state = jax.tree.map(_placed, state, shardings)
-    whole = place((), ())
+    whole: Any = place((), ())
     groups = sharding.over_groups(whole.mesh)
     conditioning = jax.tree.map(
         lambda a: _shape((config.batch.groups, *a.shape), groups, a.dtype),
@@ -219,7 +235,7 @@ def report(config: Config, topology: str) -> dict[str, Any]:
     start = time.perf_counter()
     result: dict[str, Any] = {"topology": topology, "chips": len(devices)}
     try:
-        compiled, program, arguments, seconds = compile_step(config, devices)
+        step = compile_step(config, devices)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -229,19 +245,13 @@ def report(config: Config, topology: str) -> dict[str, Any]:
             "error": _first_lines(str(error)),
             "compile_seconds": time.perf_counter() - start,
         }
-    return (
-        result
-        | analyse(compiled, program, arguments, chip, len(devices))
-        | {"compile_seconds": seconds}
-    )
+    return result | analyse(step, chip, len(devices)) | {"compile_seconds": step.seconds}
 
 
-def analyse(
-    compiled: Any, program: Program, arguments: Arguments, chip: Chip, num_chips: int
-) -> dict[str, Any]:
+def analyse(step: CompiledStep, chip: Chip, num_chips: int) -> dict[str, Any]:
     """What a compiled step costs a chip; see `report`."""
-    memory = compiled.memory_analysis()
-    resident = _bytes_per_chip((arguments.state, arguments.frozen, arguments.batch))
+    memory, arguments = step.executable.memory_analysis(), step.arguments
+    resident = bytes_per_chip((arguments.state, arguments.frozen, arguments.batch))
     # Weights that the step does not read (those of an encoder of the evaluation) are no arguments
     # of it, but lie there all the same.
     unread = max(0, resident - memory.argument_size_in_bytes)
@@ -251,13 +261,11 @@ def analyse(
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    found = collectives(compiled.as_text())
-    cost = compiled.cost_analysis() or {}
-    step = functools.partial(train_step, program)
-    total = flops.count(step, arguments.state, arguments.frozen, arguments.batch, arguments.key)
+    found = collectives(step.executable.as_text())
+    cost = step.executable.cost_analysis() or {}
     bound = roofline(
         chip,
-        total / num_chips,
+        step.flops / num_chips,
         float(cost.get("bytes accessed", 0.0)),
         sum(kind.bytes for kind in found.values()),
     )
@@ -275,13 +283,14 @@ def analyse(
         },
         "hbm_bytes": int(chip.hbm_bytes),
         "fits": peak <= chip.hbm_bytes,
-        "flops": {"analytic": total / num_chips, "xla": float(cost.get("flops", 0.0))},
+        "flops": {"analytic": step.flops / num_chips, "xla": float(cost.get("flops", 0.0))},
         "collectives": {kind: value._asdict() for kind, value in found.items()},
         "roofline": bound._asdict(),
     }
 
 
-def _bytes_per_chip(tree: PyTree) -> int:
+def bytes_per_chip(tree: PyTree) -> int:
+    """Bytes on one device of arrays, or of shapes with their places."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)

@@ -36,7 +36,7 @@ _NAME = re.compile(r"%?([\w.\-]+)")
 class Collective(NamedTuple):
     """How often a kind of collective runs in one step, and the bytes of its results on a chip."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here needs
     bytes: int
 
 

@@ -42,17 +42,22 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     return inner * (params["length"] if name == "scan" else 1)
 
 
+def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
+    aval: Any = variable.aval  # an array, by the primitives that are counted
+    return aval.shape
+
+
 def _of_dot(equation: core.JaxprEqn) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
+    left = _shape(equation.invars[0])
     depth = math.prod(left[axis] for axis in contracted)
-    return 2 * math.prod(equation.outvars[0].aval.shape) * depth
+    return 2 * math.prod(_shape(equation.outvars[0])) * depth
 
 
 def _of_convolution(equation: core.JaxprEqn) -> int:
-    kernel = equation.invars[1].aval.shape
+    kernel = _shape(equation.invars[1])
     features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+    return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
 
 
 def _jaxprs(value: Any) -> list[core.Jaxpr]:

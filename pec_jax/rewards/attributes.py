@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from pec_jax.data.prompts import Prompt
+from pec_jax.perception.networks import Networks
 from pec_jax.perception.preprocessing import to_uint8_levels
 from pec_jax.rewards.base import Reward, RewardOptions, register
 from pec_jax.shapes import judge, scenes
 from pec_jax.types import PyTree
-
-if TYPE_CHECKING:
-    from pec_jax.perception.networks import Networks
 
 
 @register("attributes")

@@ -37,17 +37,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Array
 
 from pec_jax.config.fields import field
 from pec_jax.config.registry import REWARDS
 from pec_jax.data.prompts import Prompt
+from pec_jax.perception.networks import Networks
 from pec_jax.types import PyTree
-
-if TYPE_CHECKING:
-    from pec_jax.perception.networks import Networks
 
 
 def nothing_per_prompt(variables: PyTree, prompts: Sequence[Prompt]) -> PyTree:

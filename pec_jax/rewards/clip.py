@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from pec_jax.data.prompts import Prompt
 from pec_jax.perception.encoder import Encoder, unit
+from pec_jax.perception.networks import Networks
 from pec_jax.perception.preprocessing import to_uint8_levels
 from pec_jax.rewards.base import ModelRewardOptions, Reward, register
 from pec_jax.types import PyTree
-
-if TYPE_CHECKING:
-    from pec_jax.perception.networks import Networks
 
 TEXT_BATCH = 64  # prompts encoded at a time
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pec_jax.config.registry import REWARDS
 from pec_jax.data.prompts import Prompt
+from pec_jax.perception.networks import Networks
 from pec_jax.rewards.base import Reward
 from pec_jax.types import PyTree
-
-if TYPE_CHECKING:
-    from pec_jax.perception.networks import Networks
 
 
 @dataclasses.dataclass(frozen=True)

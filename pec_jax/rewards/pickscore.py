@@ -5,13 +5,9 @@ Kirstain et al. 2023, arXiv 2305.01569. Flow-GRPO divides the score by 26, which
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from pec_jax.perception.networks import Networks
 from pec_jax.rewards.base import ModelRewardOptions, Reward, register
 from pec_jax.rewards.clip import cosine_reward, two_tower_encoder
-
-if TYPE_CHECKING:
-    from pec_jax.perception.networks import Networks
 
 SCALE = 26.0
 

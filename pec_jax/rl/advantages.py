@@ -6,19 +6,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Real
 
-Array = jax.Array
 STD_SCOPES = ("group", "global")
 
 
 class GroupStatistics(NamedTuple):
     """What rewards are centred and scaled by; both broadcast with [..., P, K]."""
 
-    mean: Array  # [..., P, 1] of each group
-    std: Array  # [..., P, 1] of each group, or [..., 1, 1] of the whole batch
+    mean: Float[Array, "... p 1"]  # of each group
+    std: Float[Array, "... p_or_1 1"]  # of each group, or of the whole batch
 
 
-def group_statistics(rewards: Array, std: str = "group") -> GroupStatistics:
+def group_statistics(
+    rewards: Real[Array | np.ndarray, "... p k"], std: str = "group"
+) -> GroupStatistics:
     """Mean of each group, and the population std of each group or of the whole batch.
 
     Args:
@@ -48,8 +51,12 @@ def group_statistics(rewards: Array, std: str = "group") -> GroupStatistics:
 
 
 def advantages(
-    rewards: Array, statistics: GroupStatistics, *, eps: float = 1e-4, clip: float = 5.0
-) -> Array:
+    rewards: Real[Array | np.ndarray, "... p k"],
+    statistics: GroupStatistics,
+    *,
+    eps: float = 1e-4,
+    clip: float = 5.0,
+) -> Float[Array, "... p k"]:
     """Rewards, centred and scaled by their groups' statistics.
 
     A_k = clip((R_k - mean) / (std + eps), -clip, clip)
@@ -70,13 +77,17 @@ def advantages(
 
 
 def group_advantages(
-    rewards: Array, *, std: str = "group", eps: float = 1e-4, clip: float = 5.0
-) -> Array:
+    rewards: Real[Array | np.ndarray, "... p k"],
+    *,
+    std: str = "group",
+    eps: float = 1e-4,
+    clip: float = 5.0,
+) -> Float[Array, "... p k"]:
     """`advantages` of whole groups [..., P, K] by their own `group_statistics`."""
     return advantages(rewards, group_statistics(rewards, std), eps=eps, clip=clip)
 
 
-def probabilities(advantages: Array) -> Array:
+def probabilities(advantages: Float[Array, "*p k"]) -> Float[Array, "*p k"]:
     """Softmax of the advantages within each group: how far it has singled out a winner.
 
     Args:

@@ -58,6 +58,8 @@ class Constraint:
     Attributes:
         name: as in a config, `constraints.NAME`.
         label: as in tables.
+        label_alone: as in tables where no other constraint is on, "{objective}" standing for the
+            label of the objective; "" is `label`.
         options: the dataclass of its section.
         is_on: whether its options let it do anything; one that is off leaves no trace.
         needs: the signals marked * that its hooks read, given its options.
@@ -74,6 +76,7 @@ class Constraint:
     is_on: Callable[[Any], bool] = lambda options: options.weight != 0
     needs: Callable[[Any], set[str]] = lambda options: set()
     excludes: tuple[str, ...] = ()
+    label_alone: str = ""
     parameter: str = "weight"
     uses_space: bool = True
     target: Callable[[Any], float] | None = None

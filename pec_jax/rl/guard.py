@@ -16,13 +16,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from pec_jax.rl.losses import clipped_surrogate
+from pec_jax.types import Scalar
 
-Array = jax.Array
 
-
-def normalised_log_ratio(x_next: Array, mean: Array, mean_old: Array, std: Array) -> Array:
+def normalised_log_ratio(
+    x_next: Float[ArrayLike, "n ..."],
+    mean: Float[ArrayLike, "n ..."],
+    mean_old: Float[ArrayLike, "n ..."],
+    std: Float[ArrayLike, "..."],
+) -> Float[Array, " n"]:
     """The log of Guard's ratio: std (logp - logp_old + |mean - mean_old|^2 / (2 std^2)).
 
     Computed as mean_i (x_next - mean_old)_i (mean - mean_old)_i / std, which is the same number
@@ -48,7 +54,9 @@ def normalised_log_ratio(x_next: Array, mean: Array, mean_old: Array, std: Array
     return jnp.mean(product, axis=tuple(range(1, product.ndim)))
 
 
-def step_weight(sigma: Array, sigma_next: Array) -> Array:
+def step_weight(
+    sigma: Float[ArrayLike, "*s"], sigma_next: Float[ArrayLike, "*s"]
+) -> Float[Array, "*s"]:
     """What a step's loss is multiplied by: 1 / (sigma - sigma_next).
 
     The kernel's mean moves with the velocity in proportion to dt, so without this a long step
@@ -68,12 +76,12 @@ def step_weight(sigma: Array, sigma_next: Array) -> Array:
 
 
 def guarded_surrogate(
-    log_ratio: Array,
-    advantages: Array,
-    weight: Array,
-    clip_low: float | Array,
-    clip_high: float | Array,
-) -> Array:
+    log_ratio: Float[Array, "..."],
+    advantages: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    clip_low: Scalar,
+    clip_high: Scalar,
+) -> Float[Array, "..."]:
     """Guard's loss of each sample: w max(-A r, -A clip(r, 1 - e_low, 1 + e_high)).
 
     Args:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-Array = jax.Array
+from pec_jax.types import Scalar
 
 
 def policy_loss(
-    logp: Array,
-    logp_old: Array,
-    advantages: Array,
-    clip_low: float | Array,
-    clip_high: float | Array,
-) -> tuple[Array, dict[str, Array]]:
+    logp: Float[Array, "..."],
+    logp_old: Float[Array, "..."] | float,
+    advantages: Float[Array, "..."] | float,
+    clip_low: Scalar,
+    clip_high: Scalar,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """PPO's clipped surrogate, averaged over all samples.
 
     mean max(-A r, -A clip(r, 1 - e_low, 1 + e_high)), r = exp(logp - logp_old)
@@ -37,12 +38,12 @@ def policy_loss(
 
 
 def clipped_surrogate(
-    logp: Array,
-    logp_old: Array,
-    advantages: Array,
-    clip_low: float | Array,
-    clip_high: float | Array,
-) -> Array:
+    logp: Float[Array, "..."],
+    logp_old: Float[Array, "..."] | float,
+    advantages: Float[Array, "..."] | float,
+    clip_low: Scalar,
+    clip_high: Scalar,
+) -> Float[Array, "..."]:
     """The loss of each sample in `policy_loss`.
 
     Args: as for `policy_loss`.
@@ -61,8 +62,11 @@ def clipped_surrogate(
 
 
 def ratio_metrics(
-    logp: Array, logp_old: Array, clip_low: float | Array, clip_high: float | Array
-) -> dict[str, Array]:
+    logp: Float[Array, "..."],
+    logp_old: Float[Array, "..."] | float,
+    clip_low: Scalar,
+    clip_high: Scalar,
+) -> dict[str, Float[Array, ""]]:
     """What the importance ratios r look like.
 
     Args: as for `policy_loss`.

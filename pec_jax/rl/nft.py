@@ -14,14 +14,14 @@ authors' code differs from it, and this follows the code.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
 
-Array = jax.Array
-PyTree = Any
+from pec_jax.types import PyTree, Scalar
 
 # Lower bound of the mean |x_0 error| that a regression loss is divided by; in units of latents.
 ERROR_FLOOR = 1e-5
@@ -30,8 +30,8 @@ ERROR_FLOOR = 1e-5
 class Noised(NamedTuple):
     """What the model is given and what it regresses on."""
 
-    x_t: Array  # [N, ...]
-    target: Array  # [N, ...] the velocity eps - x_0
+    x_t: Float[Array, "n ..."]
+    target: Float[Array, "n ..."]  # the velocity eps - x_0
 
 
 class Decay(NamedTuple):
@@ -50,7 +50,7 @@ DECAYS: dict[str, Decay] = {
 }
 
 
-def optimality(advantages: Array, clip: float | Array) -> Array:
+def optimality(advantages: Float[ArrayLike, "*n"], clip: Scalar) -> Float[Array, "*n"]:
     """How probable it is that an image is a good one: r = 1/2 + clip(A, -c, c) / (2 c).
 
     Args:
@@ -65,7 +65,9 @@ def optimality(advantages: Array, clip: float | Array) -> Array:
     return 0.5 + jnp.clip(advantages, -clip, clip) / (2.0 * clip)
 
 
-def forward_process(x_0: Array, noise: Array, sigma: Array) -> Noised:
+def forward_process(
+    x_0: Float[ArrayLike, "n ..."], noise: Float[ArrayLike, "n ..."], sigma: Float[ArrayLike, "..."]
+) -> Noised:
     """Noises clean latents: x_t = (1 - sigma) x_0 + sigma eps.
 
     Args:
@@ -82,8 +84,10 @@ def forward_process(x_0: Array, noise: Array, sigma: Array) -> Noised:
 
 
 def implicit_velocities(
-    velocity: Array, velocity_old: Array, beta: float | Array
-) -> tuple[Array, Array]:
+    velocity: Float[ArrayLike, "n ..."],
+    velocity_old: Float[ArrayLike, "n ..."],
+    beta: Scalar,
+) -> tuple[Float[Array, "n ..."], Float[Array, "n ..."]]:
     """The positive and the negative policy: v_old + beta (v - v_old), v_old - beta (v - v_old).
 
     Args:
@@ -99,7 +103,9 @@ def implicit_velocities(
     return velocity_old + step, velocity_old - step
 
 
-def x_0_loss(velocity: Array, target: Array, sigma: Array) -> Array:
+def x_0_loss(
+    velocity: Float[Array, "n ..."], target: Float[Array, "n ..."], sigma: Float[ArrayLike, "..."]
+) -> Float[Array, " n"]:
     """The squared error of the predicted x_0 over its own mean size.
 
     mean_i e_i^2 / max(mean_i |e_i|, floor), the denominator without gradient, where
@@ -120,15 +126,15 @@ def x_0_loss(velocity: Array, target: Array, sigma: Array) -> Array:
 
 
 def losses(
-    velocity: Array,
-    velocity_old: Array,
-    target: Array,
-    sigma: Array,
-    r: Array,
+    velocity: Float[Array, "n ..."],
+    velocity_old: Float[Array, "n ..."],
+    target: Float[Array, "n ..."],
+    sigma: Float[ArrayLike, "..."],
+    r: Float[ArrayLike, " n"],
     *,
-    beta: float | Array,
-    clip: float | Array,
-) -> Array:
+    beta: Scalar,
+    clip: Scalar,
+) -> Float[Array, " n"]:
     """DiffusionNFT's loss of each sample: (c / beta) (r L_plus + (1 - r) L_minus).
 
     L_plus and L_minus are the `x_0_loss` of the two `implicit_velocities`.
@@ -153,7 +159,9 @@ def losses(
     )
 
 
-def velocity_kl(velocity: Array, velocity_ref: Array) -> Array:
+def velocity_kl(
+    velocity: Float[ArrayLike, "n ..."], velocity_ref: Float[ArrayLike, "n ..."]
+) -> Float[Array, " n"]:
     """Distance to the base model: the squared difference of velocities, mean over dimensions.
 
     Args:
@@ -169,7 +177,9 @@ def velocity_kl(velocity: Array, velocity_ref: Array) -> Array:
     return _mean_over_dimensions(jnp.square(difference))
 
 
-def draw_sigmas(keys: Array, sigmas: Array | np.ndarray, num_steps: int) -> Array:
+def draw_sigmas(
+    keys: Key[Array, " n"], sigmas: Float[ArrayLike, " t_plus_1"], num_steps: int
+) -> Float[Array, "s n"]:
     """Which noise levels each image is trained at: distinct ones of the sampler, in random order.
 
     Args:
@@ -193,7 +203,7 @@ def draw_sigmas(keys: Array, sigmas: Array | np.ndarray, num_steps: int) -> Arra
     return orders[:, :num_steps].T
 
 
-def old_policy_decay(schedule: str, updates: int | Array) -> Array:
+def old_policy_decay(schedule: str, updates: Int[ArrayLike, ""]) -> Float[Array, ""]:
     """How much of the old policy stays when it next follows the model.
 
     min(rate (updates - flat), maximum), and 0 before `flat`; see `DECAYS`.
@@ -216,7 +226,7 @@ def old_policy_decay(schedule: str, updates: int | Array) -> Array:
     return jnp.clip((jnp.asarray(updates, jnp.float32) - flat) * rate, 0.0, maximum)
 
 
-def follow(old: PyTree, params: PyTree, decay: float | Array) -> PyTree:
+def follow(old: PyTree, params: PyTree, decay: Scalar) -> PyTree:
     """The old policy after an iteration: decay old + (1 - decay) params.
 
     Args:
@@ -230,7 +240,7 @@ def follow(old: PyTree, params: PyTree, decay: float | Array) -> PyTree:
     return jax.tree.map(lambda o, p: (decay * o + (1.0 - decay) * p).astype(o.dtype), old, params)
 
 
-def _per_sample(sigma: Array, like: Array) -> Array:
+def _per_sample(sigma: ArrayLike, like: Array) -> Array:
     """sigma [] or [N], shaped to broadcast with [N, ...]."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return sigma.reshape(sigma.shape + (1,) * (like.ndim - 1)) if sigma.ndim else sigma

@@ -22,7 +22,7 @@ class Space:
     """A perceptual space: images to features.
 
     Attributes:
-        network: key of its variables in `Frozen.networks`.
+        network: key of its variables in `Frozen.networks`; '' for none ({}).
         features: (variables, images [N, H, W, 3] in [0, 1]) -> [N, d] raw features.
         share: of the perceptual entropy; 0 where it is only evaluated.
     """
@@ -35,7 +35,8 @@ class Space:
         """Raw features of images [P, K, H, W, 3] in [0, 1]."""
         # Written as the rewards write it, so that an encoder that is also a reward runs once.
         flat = to_uint8_levels(images).reshape(-1, *images.shape[2:])
-        found = self.features(frozen.networks[self.network], flat)
+        variables = frozen.networks[self.network] if self.network else {}
+        found = self.features(variables, flat)
         return found.reshape(*images.shape[:2], -1)
 
 
@@ -98,7 +99,7 @@ def score(
         "diversity/variance_pixel": _pixel_variance(scored["levels"]),
     }
     if scorer.at_steps is not None:
-        surprisal = _step_surprisal(scorer, frozen, trajectory, group_size)
+        surprisal = step_surprisal(scorer, frozen, trajectory, group_size)
         metrics["entropy/perceptual_steps"] = jnp.mean(surprisal)
     return Rollout(trajectory=trajectory, rewards=rewards, surprisal=surprisal), metrics
 
@@ -116,7 +117,7 @@ def _features(scorer: Scorer, frozen: Frozen, images: Array) -> dict[str, Array]
     return {name: space.of_images(frozen, images) for name, space in scorer.spaces.items()}
 
 
-def _step_surprisal(
+def step_surprisal(
     scorer: Scorer, frozen: Frozen, trajectory: Trajectory, group_size: int
 ) -> Float[Array, "s p k"]:
     """Surprisals of what each trained step predicts the image to be."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,15 @@ RAW, REWARD_STD = "raw", "reward_std"
 PerSample = Float[Array, "... p k"]
 
 
+_LATER: Any = None  # of a field that some hooks come too early to see
+
+
 class Groups(NamedTuple):
     """What a part of a group must know of the whole of it; without gradient."""
 
     reward_std: Float[Array, "... p 1"]  # population std of the rewards
     surprisal_mean: Float[Array, "... p 1"]  # of the perceptual surprisal
-    logp_mean: Float[Array, "... p 1"] | None = None  # of the policy's log-prob
+    logp_mean: Float[Array, "... p 1"] = _LATER  # of the policy's log-prob
 
 
 class Signals(NamedTuple):
@@ -34,13 +37,13 @@ class Signals(NamedTuple):
     rewards: PerSample
     surprisal: PerSample  # perceptual, nats per dimension
     groups: Groups
-    logp: PerSample | None = None  # * carries the gradient inside the losses
-    logp_old: PerSample | None = None  # *
+    logp: PerSample = _LATER  # * carries the gradient inside the losses
+    logp_old: PerSample = _LATER  # *
     ratio: PerSample | None = None  # * w = p_theta / p_old, gradient stopped; None means 1
-    advantages: PerSample | None = None
-    kl: PerSample | None = None  # * divergence from the reference, carries the gradient
-    dt: Float[Array, ""] | None = None  # * sigma_next - sigma of the step
-    entropy: Float[Array, ""] | None = None  # * analytic entropy of the step, with gradient
+    advantages: PerSample = _LATER
+    kl: PerSample = _LATER  # * divergence from the reference, carries the gradient
+    dt: Float[Array, ""] = _LATER  # * sigma_next - sigma of the step
+    entropy: Float[Array, ""] = _LATER  # * analytic entropy of the step, with gradient
 
 
 def importance(signals: Signals) -> Array:
@@ -75,7 +78,7 @@ def whole_groups(rewards: PerSample, surprisal: PerSample, logp: PerSample | Non
     return Groups(
         reward_std=jnp.std(jax.lax.stop_gradient(rewards), axis=-1, keepdims=True),
         surprisal_mean=mean(surprisal),
-        logp_mean=None if logp is None else mean(logp),
+        logp_mean=_LATER if logp is None else mean(logp),
     )
 
 

@@ -20,7 +20,7 @@ from pec_jax.config.schema import UpdatesConfig
 from pec_jax.data.stream import repeat_groups
 from pec_jax.distributed.mesh import over_batch
 from pec_jax.rl.advantages import GroupStatistics, advantages, group_statistics, probabilities
-from pec_jax.rl.composition import Constraints
+from pec_jax.rl.composition import Constraints, States
 from pec_jax.rl.objective import Micro, Objective, Samples
 from pec_jax.rl.policy import Actor, Policy
 from pec_jax.rl.signals import Groups, Signals, whole_groups
@@ -136,7 +136,8 @@ def update(
     }
     step = state.step + 1
     remembered = learner.objective.next_state(state.objective, state.params, step * num_updates)
-    return state.replace(step=step, constraints=states, objective=remembered), metrics
+    state = dataclasses.replace(state, step=step, constraints=states, objective=remembered)
+    return state, metrics
 
 
 def _whole_batch(scene: _Scene, samples: Samples, rollout: Rollout, key: Array) -> _Whole:
@@ -294,12 +295,31 @@ def _loss(
     shaped = constraints.shaped_rewards(states, signals)
     worth = advantages(shaped, step.statistics, clip=learner.config.advantage_clip)
     signals = signals._replace(advantages=worth)
-    losses, more = objective.losses(view, signals, constraints.clip_bounds)
+    loss, more = constrained_loss((objective, constraints), (states, selected), view, signals)
+    return loss, {f"policy/{name}": value for name, value in metrics.items()} | more
+
+
+def constrained_loss(
+    methods: tuple[Objective, Constraints],
+    known: tuple[States, dict[str, Array]],
+    view: PyTree,
+    signals: Signals,
+) -> tuple[Array, dict[str, Array]]:
+    """The objective's loss as the constraints leave it, and what to log of it.
+
+    Args:
+        methods: what the loss is, and what is on.
+        known: the constraints' states, and what they marked of these samples.
+        view: of the samples, from `Objective.evaluate`.
+        signals: of them, with the advantages.
+    """
+    (objective, constraints), (states, selected) = methods, known
+    losses, metrics = objective.losses(view, signals, constraints.clip_bounds)
     losses = constraints.sample_losses(states, signals, losses, selected)
     extra = constraints.extra_losses(states, signals)
     loss = sum(extra.values(), jnp.mean(losses))
     return loss, {
-        **{f"policy/{name}": value for name, value in {**metrics, **more, "loss": loss}.items()},
+        **{f"policy/{name}": value for name, value in {**metrics, "loss": loss}.items()},
         **{f"constraint/{k}/loss": jax.lax.stop_gradient(value) for k, value in extra.items()},
     }
 
@@ -313,7 +333,8 @@ def _apply(learner: Learner, state: TrainState, grads: PyTree, finite: Array) ->
     def keep_old(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-    return state.replace(
+    return dataclasses.replace(
+        state,
         params=keep_old(params, state.params),
         ema=keep_old(ema, state.ema),
         opt_state=keep_old(opt_state, state.opt_state),

@@ -10,10 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from pec_jax.shapes import scenes as shapes
-
-Array = jax.Array
 
 MIN_CONTRAST = 0.2  # RGB distance to the background; palette colours keep 0.35 from either
 MIN_AREA = 16.0  # px of 32 x 32; the smallest object has 32
@@ -82,7 +81,7 @@ def _position(center: Array, radius: Array) -> Array:
     return jnp.where(away, jnp.where(horizontal, sideways, upright), 4)
 
 
-def detect(images: Array) -> Detected:
+def detect(images: Float[Array, "n h w 3"]) -> Detected:
     """Finds the object in each image and reads its attributes off.
 
     Args:
@@ -134,7 +133,9 @@ def detect(images: Array) -> Detected:
     )
 
 
-def score(images: Array, attributes: Array) -> Array:
+def score(
+    images: Float[Array, "n h w 3"], attributes: Int[Array, "n attributes"]
+) -> Float[Array, " n"]:
     """The share of the named attributes that are right.
 
     score = found * (number named and right) / (number named); 1 * found if none is named.
@@ -156,7 +157,9 @@ def score(images: Array, attributes: Array) -> Array:
     return jnp.where(finite, share, jnp.nan).astype(jnp.float32)
 
 
-def all_right(images: Array, attributes: Array) -> Array:
+def all_right(
+    images: Float[Array, "n h w 3"], attributes: Int[Array, "n attributes"]
+) -> Bool[Array, " n"]:
     """Whether an object is found and everything named is right (GenEval's strict score).
 
     Args:

@@ -110,13 +110,13 @@ def fill_open(key: Array, attributes: Array) -> Array:
     return jnp.where(attributes < 0, drawn, attributes)
 
 
-def hide(key: Array, attributes: Array, probability: float = 0.5) -> Array:
+def hide(key: Array, attributes: Array, probability: float | Array = 0.5) -> Array:
     """Opens each attribute independently with a probability: the captions to train on.
 
     Args:
       key: PRNG key.
       attributes: [N, 5] int.
-      probability: of an attribute to be left open, in [0, 1].
+      probability: of an attribute to be left open, in [0, 1]; one, or [N, 1].
 
     Returns:
       [N, 5] int32, with -1 where hidden.
@@ -244,7 +244,7 @@ def parse(text: str) -> np.ndarray:
     """The attributes that a text names; the inverse of `caption` on its captions.
 
     Args:
-      text: any text; words that name no attribute are passed over.
+      text: any text; words that name no attribute are ignored.
 
     Returns:
       [5] int32, -1 where nothing is named (the first mention counts).

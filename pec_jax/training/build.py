@@ -241,7 +241,8 @@ def make_policy(config: Config, pipeline: Pipeline) -> Policy:
     """The pipeline with the rollout's sampler."""
     sampler = config.sampler
     shape = pipeline.latent_shape(config.model.height, config.model.width)
-    stochastic = stochastic_steps(sampler.num_steps, sampler.window or None, sampler.train_fraction)
+    window = (sampler.window[0], sampler.window[1]) if sampler.window else None
+    stochastic = stochastic_steps(sampler.num_steps, window, sampler.train_fraction)
     flow = FlowSampler(
         sigmas=pipeline.sigmas(sampler.num_steps, shape),
         kernel=sampler.kernel,
@@ -300,11 +301,13 @@ def _encode(
     every = [prompt for group in prompts.values() for prompt in group]
     texts = [*(prompt.text for prompt in every), encode_prompts.NEGATIVE]
     if config.prompts.embeddings:
-        embeddings: Embeddings = encode_prompts.stored_embeddings(
+        stored = encode_prompts.stored_embeddings(
             config.prompts.embeddings, root, config.model.dtype, config.model.t5_length
         )
-        rows = embeddings.rows(texts)
+        embeddings: Embeddings = stored
+        rows = stored.rows(texts)
     else:
+        assert pipeline.text is not None  # `load_model` has seen to it
         embeddings, rows = encode_prompts.encode(pipeline.text, texts)
     inputs = rewards.prepare(networks.variables, every)
     tables, start = {}, 0

@@ -2,105 +2,187 @@
 
 A checkpoint holds the whole TrainState. Everything else that a resumed run needs follows
 from it: the prompt cursor is the iteration number, and all randomness is folded from the seed
-and that number. Beside the arrays lies a checksum of every leaf, so that a damaged newest
-checkpoint is noticed and the one before it is taken.
+and that number. Beside the arrays lie a checksum of every leaf, so that a damaged newest
+checkpoint is noticed and the one before it is taken, and every leaf's shape, so that a checkpoint
+of another model is not mistaken for a damaged one. Reading changes nothing in the directory.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
-from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
+from pec_jax import io
 from pec_jax.errors import RunError
 from pec_jax.types import PyTree, TrainState
+
+_LISTED = 3  # arrays that a message names
 
 
 class CheckpointError(RunError):
     """Checkpoints exist, but none of them can be read."""
 
 
-class Checkpointer:
-    """Saves and restores TrainStates under `directory`; the newest `keep` stay (None: all)."""
+class OtherModelError(CheckpointError):
+    """A checkpoint is whole, but holds other arrays than the run has."""
 
-    def __init__(self, directory: str | Path, keep: int | None):
-        self._directory = Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        )
+
+class Restored(NamedTuple):
+    """What a directory of checkpoints holds."""
+
+    state: TrainState | None  # None if there is no checkpoint
+    damaged: list[int]  # steps of newer checkpoints that cannot be read
+
+
+class Checkpointer:
+    """Saves and restores TrainStates under `directory`; the newest `keep` stay (None: all).
+
+    The directory is neither made nor changed before the first `save`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int | None):
+        path = io.path(directory)
+        self._directory = path if io.is_remote(path) else path.absolute()
+        self._keep = keep
+        self._damaged: list[int] = []
+        self._opened: ocp.CheckpointManager | None = None
+
+    def restore(self, expected: TrainState) -> TrainState | None:
+        """The newest intact checkpoint, or None if there is none; see `restore_newest`."""
+        state, self._damaged = restore_newest(self._directory, expected)
+        return state
 
     def save(self, state: TrainState) -> None:
         """Starts writing `state`, unless its step is there; returns once it is on the host."""
-        if int(state.step) in self._manager.all_steps():
+        manager = self._manager()
+        if int(state.step) in manager.all_steps():
             return
         host_state = jax.device_get(state) if jax.process_count() == 1 else state
-        self._manager.save(
+        manager.save(
             int(host_state.step),
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(host_state),
                 checksums=ocp.args.JsonSave(_checksums(host_state)),
+                shapes=ocp.args.JsonSave(_shapes(host_state)),
             ),
             force=True,
         )
 
-    def restore(self, expected: TrainState) -> TrainState | None:
-        """The newest intact checkpoint, or None if there is none at all.
+    def wait(self) -> None:
+        """Blocks until everything saved so far is on disk; raises what went wrong there."""
+        if self._opened is not None:
+            self._opened.wait_until_finished()
+            self._opened.check_for_errors()
 
-        Args:
-          expected: a TrainState of arrays; its tree, shapes, dtypes and shardings are what is
-            restored, never what a file claims.
+    def close(self) -> None:
+        """Finishes pending writes and releases the directory."""
+        if self._opened is not None:
+            self._opened.close()
 
-        Raises:
-          CheckpointError: if there are checkpoints but none is intact.
-        """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        reasons = []
-        for step in steps:
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, opened for writing; what an interrupted save left is removed."""
+        if self._opened is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, cleanup_tmp_directories=True
+            )
+            self._opened = ocp.CheckpointManager(self._directory, options=options)
+            for step in self._damaged:
+                self._opened.delete(step)  # so that it can be saved anew
+        return self._opened
+
+
+def restore_newest(directory: epath.Path, expected: TrainState) -> Restored:
+    """Reads the newest intact checkpoint.
+
+    Args:
+      directory: of checkpoints; need not exist.
+      expected: a TrainState of arrays; its tree, shapes, dtypes and shardings are what is
+        restored, never what a file claims.
+
+    Raises:
+      CheckpointError: there are checkpoints but none is intact.
+      OtherModelError: the newest one that can be read has other arrays than `expected`.
+    """
+    damaged: list[int] = []
+    reasons = []
+    if not directory.exists():
+        return Restored(None, [])
+    # Not `read_only`, of which orbax warns at every start; these options change nothing either.
+    options = ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
             try:
-                state = self._restore_step(step, expected)
+                arguments = ocp.args.Composite(shapes=ocp.args.JsonRestore())
+                stored = manager.restore(step, args=arguments).shapes
+                if stored == _shapes(expected):
+                    return Restored(_read(manager, step, expected), damaged)
             except Exception as error:  # whatever a damaged file provokes in the readers below us
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 logging.warning("Checkpoint %d is damaged, trying the one before: %s", step, reason)
                 reasons.append(f"step {step}: {reason}")
+                damaged.append(step)
                 continue
-            for damaged in steps[: len(reasons)]:
-                self._manager.delete(damaged)  # so that the step can be saved anew
-            return state
-        if reasons:
-            raise CheckpointError(
-                f"no checkpoint in {self._directory} can be read ({'; '.join(reasons)}). "
-                "Restore the directory from a backup, or start in a new --workdir."
+            raise OtherModelError(
+                f"checkpoint {step} in {directory} holds other arrays than this config trains: "
+                f"{_difference(stored, _shapes(expected))}. A change of the model or of what is "
+                "trained in it needs a new run: choose another --workdir."
             )
-        return None
-
-    def _restore_step(self, step: int, expected: TrainState) -> TrainState:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, expected)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), checksums=ocp.args.JsonRestore()
-            ),
+    if reasons:
+        raise CheckpointError(
+            f"no checkpoint in {directory} can be read ({'; '.join(reasons)}). "
+            "Restore the directory from a backup, or start in a new --workdir."
         )
-        found, stored = _checksums(restored.state), restored.checksums
-        both = found.keys() & stored.keys()  # other hosts may have seen other leaves whole
-        damaged = sorted(name for name in both if stored[name] != found[name])
-        if damaged:
-            raise ValueError(f"the stored bytes of {damaged[0]} do not match their checksum")
-        return restored.state
+    return Restored(None, [])
 
-    def wait(self) -> None:
-        """Blocks until everything saved so far is on disk; raises what went wrong there."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
 
-    def close(self) -> None:
-        """Finishes pending writes and releases the directory."""
-        self._manager.close()
+def _read(manager: ocp.CheckpointManager, step: int, expected: TrainState) -> TrainState:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, expected)
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), checksums=ocp.args.JsonRestore()
+        ),
+    )
+    found, stored = _checksums(restored.state), restored.checksums
+    both = found.keys() & stored.keys()  # other hosts may have seen other leaves whole
+    damaged = sorted(name for name in both if stored[name] != found[name])
+    if damaged:
+        raise ValueError(f"the stored bytes of {damaged[0]} do not match their checksum")
+    return restored.state
+
+
+def _shapes(tree: PyTree) -> dict[str, list[int]]:
+    """Name -> shape of every leaf, as JSON has it."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _difference(stored: dict[str, list[int]], expected: dict[str, list[int]]) -> str:
+    """In words: which arrays are only there, only here, or of another shape."""
+    reshaped = [n for n in sorted(stored.keys() & expected.keys()) if stored[n] != expected[n]]
+    parts = []
+    if reshaped:
+        shown = [f"{n} {stored[n]} there, {expected[n]} now" for n in reshaped]
+        parts.append(_listing("of other shapes", shown))
+    for names, what in ((stored, "only stored"), (expected, "not stored")):
+        other = expected if names is stored else stored
+        if only := sorted(names.keys() - other.keys()):
+            parts.append(_listing(what, only))
+    return "; ".join(parts)
+
+
+def _listing(what: str, names: list[str]) -> str:
+    more = len(names) - _LISTED
+    return f"{what}: " + ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _checksums(tree: PyTree) -> dict[str, int]:

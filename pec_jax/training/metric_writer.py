@@ -9,12 +9,23 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from absl import logging
+from etils import epath
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from pec_jax import io
+
+
+class RunFiles(Protocol):
+    """The part of a `RunDirectory` that is written to here."""
+
+    path: epath.Path
+    metrics_file: epath.Path
+    samples: epath.Path
 
 
 class MetricWriter:
@@ -24,80 +35,78 @@ class MetricWriter:
     killed and resumed leaves the same file as one that was not.
     """
 
-    def __init__(self, directory: str | Path, resume_step: int):
+    def __init__(self, directory: RunFiles, resume_step: int):
         from clu import metric_writers  # imports tensorflow, which takes seconds
 
-        self._directory = Path(directory)
-        (self._directory / "samples").mkdir(parents=True, exist_ok=True)
-        path = self._directory / "metrics.jsonl"
-        _drop_lines_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._samples = directory.samples
+        self._lines = io.LineFile(
+            directory.metrics_file, keep=lambda line: _is_until(line, resume_step)
+        )
         self._tensorboard = metric_writers.AsyncWriter(
-            metric_writers.SummaryWriter(str(self._directory))
+            metric_writers.SummaryWriter(os.fspath(directory.path))
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics for iteration `step`, on disk when this returns."""
+        """One line of metrics for iteration `step`; see `io.LineFile.add` for when it is safe."""
         numbers = {name: float(value) for name, value in values.items()}
         line = {
             "step": int(step),
             **{k: v if np.isfinite(v) else str(v) for k, v in sorted(numbers.items())},
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps(line))
         self._tensorboard.write_scalars(int(step), numbers)
 
-    def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> Path:
+    def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> epath.Path:
         """Saves a labelled sample grid; `images` [rows, columns, H, W, 3] in [0, 1]."""
-        path = self._directory / "samples" / f"step_{step:06d}.png"
+        path = self._samples / f"step_{step:06d}.png"
         picture = image_grid(images, captions)
         save_png(path, picture)
         self._tensorboard.write_images(int(step), {"samples": np.asarray(picture)[None]})
         return path
 
+    def flush(self) -> None:
+        """Returns once the lines so far are safe; before a checkpoint that covers them."""
+        self._lines.flush()
+
     def close(self) -> None:
         """Flushes and closes all files."""
-        self._file.close()
+        self._lines.close()
         self._tensorboard.close()
 
 
 class _NoWriter(MetricWriter):
     """Of the hosts that are not the first, which writes for all."""
 
-    def __init__(self, directory: str | Path, resume_step: int):
-        self._directory = Path(directory)
+    def __init__(self, directory: RunFiles, resume_step: int):
+        self._samples = directory.samples
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
 
-    def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> Path:
+    def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> epath.Path:
         """Nothing; where the first host writes it."""
-        return self._directory / "samples" / f"step_{step:06d}.png"
+        return self._samples / f"step_{step:06d}.png"
+
+    def flush(self) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         """Nothing."""
 
 
-def make_writer(directory: str | Path, resume_step: int, *, first: bool) -> MetricWriter:
+def make_writer(directory: RunFiles, resume_step: int, *, first: bool) -> MetricWriter:
     """The writer of a host: only the first one writes."""
     return (MetricWriter if first else _NoWriter)(directory, resume_step)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            keep = json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            keep = False  # a line that a crash cut short
-        if keep:
-            kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False  # a line that a crash cut short
 
 
-def read_steps(path: Path) -> list[dict[str, float]]:
+def read_steps(path: epath.Path) -> list[dict[str, float]]:
     """The training lines of a `metrics.jsonl`, in order; evaluations are left out.
 
     Numbers that were not finite, which JSON cannot hold, come back as such.
@@ -110,25 +119,9 @@ def read_steps(path: Path) -> list[dict[str, float]]:
     return steps
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file such that a crash leaves either the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`, of bytes."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def save_png(path: Path, picture: Image.Image) -> None:
-    """Saves a PNG such that a crash leaves no half-written file under its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+def save_png(path: epath.Path, picture: Image.Image) -> None:
+    """Saves a PNG, whole or not at all."""
+    io.replace_file(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def to_picture(image: np.ndarray) -> Image.Image:

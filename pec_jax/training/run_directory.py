@@ -1,20 +1,141 @@
-"""What a run directory holds: its config, and what its newest checkpoint has learned."""
+"""A run directory: where its files lie, who may start in it, and what its run has learned.
+
+A start goes through three steps, so that one that is refused or fails changes nothing:
+`start` reads, and takes the hold; then models are loaded and the checkpoint is restored;
+`commit` writes. In a new directory, a start that ends before `commit` leaves no directory.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import errno
+import os
+import types
+from typing import Any
 
-from pec_jax.config import Config, ConfigError, from_config_dict
-from pec_jax.errors import RunError
+from etils import epath
+
+from pec_jax import io
+from pec_jax.config import Config, ConfigError, differences, from_config_dict, to_dict
+from pec_jax.errors import FileError, RunError
 from pec_jax.families.base import Pipeline
 from pec_jax.rl.train_step import initial_state
 from pec_jax.training import build
-from pec_jax.training.checkpoint import Checkpointer
+from pec_jax.training.checkpoint import restore_newest
+from pec_jax.training.hold import Hold, new_directory
 from pec_jax.types import PyTree
-from pec_jax.weights.tensors import read_json
 
 
-def run_config(directory: Path) -> Config:
+class RunDirectory:
+    """The files of a run, and the protocol of starting in their directory."""
+
+    def __init__(self, name: str | os.PathLike[str]):
+        """`name` is a --workdir: a local path, or gs://BUCKET/PATH."""
+        self.path = io.path(name)
+        if not io.is_remote(self.path):
+            self.path = self.path.absolute()
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.evaluation_file = self.path / "eval.json"
+        self.base_evaluation_file = self.path / "eval_base.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self._exit = contextlib.ExitStack()
+        self._hold: Hold | None = None
+        self._committed = False
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: types.TracebackType | None) -> None:
+        self._exit.close()
+
+    def start(self, config: Config, *, allow_config_change: bool = False) -> None:
+        """Checks that a run of this config may start here, and holds the directory from then on.
+
+        Raises:
+          RunError: the directory is a file, belongs to a run of another config, is in use, or
+            cannot be written; the message says what to do.
+        """
+        self.check(config, allow_config_change=allow_config_change)
+        if io.is_remote(self.path):
+            _check_cloud_library(self.path)
+        try:
+            self._exit.enter_context(new_directory(self.path))
+            hold = Hold(self.path)
+            hold.take()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise RunError(
+                f"--workdir={self.path} cannot be written: {error.strerror or error}. Choose "
+                "another directory."
+            ) from error
+        self._hold = hold
+        self._exit.callback(lambda: hold.release(restore=not self._committed))
+        # What another process has done between the check and the hold.
+        self.check(config, allow_config_change=allow_config_change)
+
+    def check(self, config: Config, *, allow_config_change: bool = False) -> None:
+        """Raises RunError unless this is a new directory or one of a run of `config`."""
+        places = (self.path,) if io.is_remote(self.path) else (self.path, *self.path.parents)
+        for place in places:
+            if place.exists() and not place.is_dir():
+                raise RunError(
+                    f"--workdir={self.path}: {place} is a file. Give the name of a directory."
+                )
+        changes = self.changes(config)
+        if changes and not allow_config_change:
+            raise RunError(
+                f"{self.path} was made with another config:\n  " + "\n  ".join(changes) + "\n"
+                "Choose another --workdir, or pass --allow_config_change to go on with the new one."
+            )
+
+    def changes(self, config: Config) -> list[str]:
+        """One line for each field in which `config` differs from that of the directory's run.
+
+        Raises:
+          RunError: the directory's config.json cannot be read.
+        """
+        if not self.config_file.exists():
+            return []
+        try:
+            return differences(_as_now(io.read_json(self.config_file)), to_dict(config))
+        except FileError as error:
+            raise RunError(f"{error}. Choose a new --workdir.") from None
+
+    def commit(self, config: Config) -> None:
+        """Makes this the directory of a run of `config`; from here on, files may be written."""
+        self.check_held()
+        if not self.config_file.exists() or self.changes(config):
+            io.write_json(self.config_file, to_dict(config))
+        self._committed = True
+
+    def check_held(self) -> None:
+        """Raises RunError if another process has taken the directory in the meantime."""
+        if self._hold is not None:
+            self._hold.check()
+
+
+def _as_now(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the defaults of definitions that are newer than it."""
+    try:
+        return to_dict(from_config_dict(stored))
+    except ConfigError:  # of another version: all differences will be listed
+        return stored
+
+
+def _check_cloud_library(path: epath.Path) -> None:
+    """Tells now what orbax would find out when it deletes the first old checkpoint."""
+    try:
+        from google.cloud import storage  # noqa: F401
+    except ImportError:
+        raise RunError(
+            f"--workdir={path} needs google-cloud-storage: pip install 'pec_jax[gcs]'."
+        ) from None
+
+
+def run_config(directory: epath.Path) -> Config:
     """The config that a run was started with.
 
     Args:
@@ -22,19 +143,21 @@ def run_config(directory: Path) -> Config:
 
     Raises:
       RunError: not a run directory, or one of another version of this program.
-      WeightsError: its config.json cannot be read.
+      FileError: its config.json cannot be read.
     """
-    path = directory / "config.json"
-    if not path.is_file():
+    path = RunDirectory(directory).config_file
+    if not path.exists():
         raise RunError(f"{directory} is not a run directory: it has no config.json.")
     try:
-        return from_config_dict(read_json(path))
+        return from_config_dict(io.read_json(path))
     except ConfigError as error:
         raise RunError(f"{path} is not the config of a run of this version: {error}") from None
 
 
-def learned_params(directory: Path, config: Config, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
-    """The trainable parameters as the newest intact checkpoint has them.
+def learned_params(
+    directory: epath.Path, config: Config, pipeline: Pipeline, *, use_ema: bool
+) -> PyTree:
+    """The trainable parameters as the newest intact checkpoint has them; nothing is written.
 
     Args:
       directory: the run's --workdir.
@@ -47,20 +170,13 @@ def learned_params(directory: Path, config: Config, pipeline: Pipeline, *, use_e
 
     Raises:
       RunError: there is no checkpoint yet.
-      CheckpointError: the checkpoints are damaged.
+      CheckpointError: the checkpoints are damaged, or of another model.
     """
-    checkpoints, state = directory / "checkpoints", None
-    # Opening a directory of checkpoints creates it and starts threads: only where there is one.
-    if any(path.name.isdigit() for path in checkpoints.glob("*")):
-        params = build.trainable_params(config, pipeline.transformer_variables["params"])
-        objective = build.make_objective(config)
-        constraints = build.make_constraints(config, objective)
-        expected = initial_state(params, build.make_optimizer(config), objective, constraints)
-        checkpointer = Checkpointer(checkpoints, keep=None)
-        try:
-            state = checkpointer.restore(expected)
-        finally:
-            checkpointer.close()
+    params = build.trainable_params(config, pipeline.transformer_variables["params"])
+    objective = build.make_objective(config)
+    constraints = build.make_constraints(config, objective)
+    expected = initial_state(params, build.make_optimizer(config), objective, constraints)
+    state = restore_newest(RunDirectory(directory).checkpoints, expected).state
     if state is None:
         raise RunError(f"{directory} holds no checkpoint yet.")
     return state.ema if use_ema else state.params

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
+import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from clu import parameter_overview, periodic_actions
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array
+from ml_collections import ConfigDict
 
+from pec_jax import io
 from pec_jax.config import schema
 from pec_jax.data.stream import PromptStream
 from pec_jax.distributed import mesh as mesh_lib
 from pec_jax.distributed import processes
 from pec_jax.errors import RunError
 from pec_jax.evaluation.fit import exponential_fit
+from pec_jax.evaluation.steps import read_steps
 from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
 from pec_jax.training.build import (
@@ -33,15 +36,10 @@ from pec_jax.training.build import (
     build,
     stream_key,
 )
-from pec_jax.training.checkpoint import Checkpointer
+from pec_jax.training.checkpoint import Checkpointer, OtherModelError
 from pec_jax.training.evaluator import Evaluator
-from pec_jax.training.metric_writer import (
-    MetricWriter,
-    Progress,
-    make_writer,
-    read_steps,
-    write_text,
-)
+from pec_jax.training.metric_writer import MetricWriter, Progress, make_writer
+from pec_jax.training.run_directory import RunDirectory
 from pec_jax.types import Batch, PyTree, TrainState
 
 # A bonus that is less than this of the shaped reward's std within a group pays next to nothing.
@@ -50,13 +48,16 @@ SHOWN = ("reward/mean", "reward/std", "entropy/perceptual", "entropy/policy", "t
 
 
 def train(
-    config_dict: Mapping[str, Any], workdir: str | Path, *, allow_config_change: bool = False
+    config_dict: Mapping[str, Any] | ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    allow_config_change: bool = False,
 ) -> dict[str, float]:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       config_dict: a ConfigDict or nested dict as `configs/base.py` makes it.
-      workdir: the run directory.
+      workdir: the run directory, local or gs://BUCKET/PATH.
       allow_config_change: resume although the directory's config differs.
 
     Returns:
@@ -66,52 +67,21 @@ def train(
       ConfigError, RunError, ValueError, OSError: sentences for a person.
     """
     config = schema.from_config_dict(config_dict)
-    if "://" in str(workdir):
-        raise RunError(
-            f"--workdir={workdir} is no directory of this machine: mount the bucket (with gcsfuse, "
-            "as launch/tpu_vm.sh does) and give where it is mounted."
-        )
     mesh = mesh_lib.make_mesh(config)
-    directory = Path(workdir).expanduser()
-    if processes.is_first():
-        prepare_directory(directory, config, allow_config_change)
-    processes.wait_for_all("directory")
-    logging.info("Loading models and encoding prompts ...")
-    experiment = build(config, mesh_lib.placement(mesh, config))
-    run = _Run(experiment, directory, mesh)
-    with mesh_lib.active(mesh, config), processes.stop_requests() as stop:
-        return run.loop(stop)
-
-
-def prepare_directory(directory: Path, config: schema.Config, allow_config_change: bool) -> Path:
-    """Makes the run directory, or checks that the one there belongs to this config.
-
-    Raises:
-      RunError: another config's directory; the message lists the fields that differ.
-      OSError: it cannot be written.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.json"
-    ours = schema.to_dict(config)
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"{path} is not JSON ({error}): choose a new --workdir.") from None
-        changes = schema.differences(theirs, ours)
-        if changes and not allow_config_change:
-            raise RunError(
-                f"{directory} was made with another config:\n  " + "\n  ".join(changes) + "\n"
-                "Choose another --workdir, or pass --allow_config_change to go on with the new one."
-            )
-    write_text(path, json.dumps(ours, indent=2, sort_keys=True) + "\n")
-    return directory
+    with RunDirectory(workdir) as directory:
+        start = functools.partial(directory.start, allow_config_change=allow_config_change)
+        processes.on_primary(lambda: start(config))
+        logging.info("Loading models and encoding prompts ...")
+        experiment = build(config, mesh_lib.placement(mesh, config))
+        run = _Run(experiment, directory, mesh)
+        with mesh_lib.active(mesh, config), processes.stop_requests() as stop:
+            return run.loop(stop)
 
 
 class _Run:
     """One process's share of a run: the compiled step and everything around it."""
 
-    def __init__(self, experiment: Experiment, directory: Path, mesh: Mesh):
+    def __init__(self, experiment: Experiment, directory: RunDirectory, mesh: Mesh):
         config = experiment.config
         self._experiment, self._config, self._directory = experiment, config, directory
         self._mesh = mesh
@@ -133,17 +103,16 @@ class _Run:
             donate_argnums=0,
             out_shardings=(self._shardings, mesh_lib.replicated(mesh)),
         )
-        self._checkpointer = Checkpointer(
-            directory / "checkpoints", config.schedule.keep_checkpoints
-        )
+        self._checkpointer = Checkpointer(directory.checkpoints, config.schedule.keep_checkpoints)
         eval_key = mesh_lib.put_replicated(stream_key(config, EVAL_STREAM), mesh)
         self._evaluator = Evaluator(experiment, eval_key, mesh)
 
     def loop(self, stop: processes.StopRequests) -> dict[str, float]:
         """Iterates from where the run stands to its end, or until told to stop."""
         state, first = self._start()
-        writer = make_writer(self._directory, first, first=processes.is_first())
-        progress = Progress(self._config.num_iterations, first, SHOWN, first=processes.is_first())
+        processes.on_primary(lambda: self._directory.commit(self._config))
+        writer = make_writer(self._directory, first, first=processes.is_primary())
+        progress = Progress(self._config.num_iterations, first, SHOWN, first=processes.is_primary())
         log = _Log(writer, progress, self._config)
         actions = self._actions(writer, log)
         base = self._base_evaluation()
@@ -171,7 +140,11 @@ class _Run:
     def _start(self) -> tuple[TrainState, int]:
         """The newest intact checkpoint's state, or a new one; and how many iterations it has."""
         state = jax.jit(self._initial_state, out_shardings=self._shardings)(self._params)
-        restored = self._checkpointer.restore(state)
+        try:
+            restored = self._checkpointer.restore(state)
+        except OtherModelError as error:
+            changes = self._directory.changes(self._config)
+            raise RunError("\n  ".join([str(error), *changes])) from None
         if restored is not None:
             logging.info("Resuming after iteration %d.", int(restored.step))
             return restored, int(restored.step)
@@ -221,7 +194,7 @@ class _Run:
 
         def save(state: TrainState) -> None:
             log.flush()
-            self._checkpointer.save(state)
+            self._save(writer, state)
 
         def sample(state: TrainState) -> None:
             self._save_samples(writer, int(state.step), state)
@@ -247,29 +220,35 @@ class _Run:
         self, state: TrainState, base: dict[str, float], writer: MetricWriter, *, stopped: bool
     ) -> dict[str, float]:
         step = int(state.step)
-        self._checkpointer.save(state)
+        self._save(writer, state)
         self._checkpointer.wait()
         if stopped and step < self._config.num_iterations:
-            logging.info("Stopped after iteration %d; the same command goes on from there.", step)
+            logging.info("Stopped after iteration %d; the same command resumes it.", step)
             return {}
         self._save_samples(writer, step, state)
         result = self._full_evaluation(self._eval_params(state))
         result |= {f"base/{name}": value for name, value in base.items()}
         result |= {"seed": self._config.seed, "iterations": step}
-        if processes.is_first():
-            result |= reward_entropy_fit(self._directory / "metrics.jsonl")
-            write_text(self._directory / "eval.json", json.dumps(result, indent=2) + "\n")
+        if processes.is_primary():
+            result |= reward_entropy_fit(self._directory.metrics_file)
+            io.write_json(self._directory.evaluation_file, result)
             _report(result)
         return result
 
+    def _save(self, writer: MetricWriter, state: TrainState) -> None:
+        """A checkpoint, after the metrics that it covers, if the directory is still ours."""
+        processes.on_primary(self._directory.check_held)
+        writer.flush()
+        self._checkpointer.save(state)
+
     def _base_evaluation(self) -> dict[str, float]:
         """The model as it was before training; kept in a file, for a resumed run has lost it."""
-        path = self._directory / "eval_base.json"
-        if processes.first_says(path.exists()):
-            return json.loads(path.read_text(encoding="utf-8"))
+        path = self._directory.base_evaluation_file
+        if processes.broadcast_from_primary(path.exists()):
+            return io.read_json(path)
         result = self._full_evaluation(self._params)
-        if processes.is_first():
-            write_text(path, json.dumps(result, indent=2) + "\n")
+        if processes.is_primary():
+            io.write_json(path, result)
         return result
 
     def _full_evaluation(self, params: PyTree) -> dict[str, float]:
@@ -358,7 +337,7 @@ class _Log:
             )
 
 
-def reward_entropy_fit(path: Path) -> dict[str, float]:
+def reward_entropy_fit(path: epath.Path) -> dict[str, float]:
     """The paper's R = -a exp(H_perc) + b over the iterations of a run; nothing if undefined."""
     steps = read_steps(path)
     fit = exponential_fit(

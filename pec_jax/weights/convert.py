@@ -176,7 +176,7 @@ def from_torch(
     for leaf, expected in plan:  # all shapes before any memory is taken
         for name in leaf.names:
             _check_shape(tensors, name, leaf.torch_shape(expected.shape))
-    flat = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for leaf, expected in plan:
         target = _kept_in(expected, dtype)
         array = _aligned(expected.shape, target)
@@ -185,8 +185,9 @@ def from_torch(
             array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
         if sharding is not None:
             where = sharding(leaf.logical, array.shape) if callable(sharding) else sharding
-            array = put_array(array, where)
-        flat[leaf.path] = array
+            flat[leaf.path] = put_array(array, where)
+        else:
+            flat[leaf.path] = array
     return traverse_util.unflatten_dict(flat)
 
 

@@ -6,11 +6,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pec_jax.weights.tensors import WeightsError, read_json
+from etils import epath
+
+from pec_jax import io
+from pec_jax.io import read_json
+from pec_jax.weights.tensors import WeightsError
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 # What a model directory consists of. Pickles (.bin, .ckpt) and code (.py) are never fetched.
 FILES = ("*.json", "*.txt", "*.model")
+NESTED_FILES = (*FILES, *(f"*/{pattern}" for pattern in FILES))
 WEIGHTS = "*.safetensors"
 
 
@@ -18,19 +23,21 @@ def model_directory(name: str, variant: str = "") -> Path:
     """The directory of a model, fetched from the Hugging Face hub where it is not on the disk.
 
     Args:
-        name: a directory, or `organisation/model@revision`: a commit pins what is fetched.
+        name: a directory, local or gs://BUCKET/PATH, or `organisation/model@revision`: a commit
+            pins what is fetched.
         variant: such as "fp16"; other variants are not fetched.
 
     Returns:
-        The directory; of a hub id, its snapshot in the hub's cache.
+        The directory; of a remote one, a copy in the cache; of a hub id, its snapshot in the
+        hub's cache.
 
     Raises:
         WeightsError: neither a directory nor a hub id; no revision; or the hub has no such model,
             no such revision, wants a licence accepted, or cannot be reached.
     """
-    path = Path(name).expanduser()
+    path = io.path(name)
     if path.exists():
-        return path
+        return local_directory(path, variant)
     match = HUB_ID.fullmatch(name)
     if match is None:
         raise WeightsError(
@@ -42,6 +49,14 @@ def model_directory(name: str, variant: str = "") -> Path:
             f"{name}@COMMIT, with a commit from https://huggingface.co/{name}/commits/main"
         )
     return _fetch(match["repo"], match["revision"], variant)
+
+
+def local_directory(path: epath.Path, variant: str = "") -> Path:
+    """A model directory on this machine: itself, or a copy of what a bucket holds of the model."""
+    if not io.is_remote(path):
+        return Path(path)
+    root = io.local_copy(path, NESTED_FILES)
+    return io.local_copy(path, _weight_patterns(root, variant))
 
 
 def _fetch(repo: str, revision: str, variant: str) -> Path:
@@ -58,7 +73,7 @@ def _fetch(repo: str, revision: str, variant: str) -> Path:
 
     where = f"{repo}@{revision}"
     try:
-        root = download([*FILES, *(f"*/{pattern}" for pattern in FILES)])
+        root = download(NESTED_FILES)
         return download(_weight_patterns(root, variant))
     except errors.GatedRepoError:
         raise WeightsError(

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pec_jax.weights.tensors import WeightsError, read_json, read_metadata
+from pec_jax.io import read_json
+from pec_jax.weights.tensors import WeightsError, read_metadata
 
 METADATA_KEY = "lora_adapter_metadata"  # of the header, as diffusers calls it
 PREFIX = "transformer."  # of tensors and settings, in a file for a whole pipeline

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pec_jax.weights.tensors import write_json
+from pec_jax.io import write_json
 
 Files = Mapping[str, Mapping[str, Any]]  # path inside the model's directory -> JSON content
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,41 +11,18 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors looks up)
 import numpy as np
 import safetensors
+from etils import epath
 from safetensors.numpy import save_file
 
+from pec_jax import io
+from pec_jax.errors import FileError
+
+MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 STEMS = ("model", "diffusion_pytorch_model")
-MAX_JSON_BYTES = 64 * 2**20  # an index of a million tensors is smaller
 
 
-class WeightsError(ValueError):
+class WeightsError(FileError):
     """A model directory that cannot be used; the message names the file and what to do."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        WeightsError: missing, unreadable, too large, not UTF-8 JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise WeightsError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no config is")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file; is the download complete?") from None
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WeightsError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
@@ -109,7 +85,7 @@ def _open(path: Path) -> Any:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    entries = read_json(index).get("weight_map")
+    entries = io.read_json(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise WeightsError(f"{index}: has no weight_map; fetch the file again")
     files = {}
@@ -172,13 +148,26 @@ def read_file(path: Path) -> TensorFiles:
     return TensorFiles(path.parent, dict.fromkeys(_open(path).keys(), path))
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The notes in the header of a safetensors file, empty if there are none.
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The notes in the header of a safetensors file, local or remote; empty if there are none.
+
+    Source: https://huggingface.co/docs/safetensors, "Format": 8 bytes with the size of the header,
+    then the header, JSON whose "__metadata__" holds the notes.
 
     Raises:
         WeightsError: missing, truncated or of another format.
     """
-    return _open(path).metadata() or {}
+    try:
+        with epath.Path(path).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {size} bytes")
+            notes = json.loads(file.read(size)).get("__metadata__", {})
+        return {str(key): str(value) for key, value in notes.items()}
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise WeightsError(
+            f"{os.fspath(path)}: truncated or not a safetensors file; fetch it again"
+        ) from error
 
 
 def write_tensors(
@@ -186,7 +175,7 @@ def write_tensors(
     tensors: Mapping[str, np.ndarray],
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
-) -> Path:
+) -> epath.Path:
     """Writes `STEM.safetensors`; the name appears only once all of it is on the disk.
 
     Args:
@@ -202,44 +191,11 @@ def write_tensors(
         OSError: the directory cannot be written or the disk is full; nothing is left behind.
     """
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    path = Path(directory) / f"{stem}.safetensors"
+    path = epath.Path(directory) / f"{stem}.safetensors"
 
     def write(temporary: Path) -> None:
         # transformers and diffusers refuse a file that does not say its tensors are torch's.
         save_file(arrays, temporary, metadata={"format": "pt", **(metadata or {})})
 
-    replace_file(path, write)
+    io.replace_file(path, write)
     return path
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """Calls `write` on a temporary file in the same directory, syncs it and renames it to `path`.
-
-    Args:
-        path: the file to create or replace; its directory is created if absent.
-        write: called with the temporary file's path.
-
-    Raises:
-        OSError: as `write`; the temporary file is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        # mkstemp makes a private file; a model directory is to be shared.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -20,11 +20,10 @@ def step_flops(encoder: str, estimator: str, *, perception: bool) -> int:
     """Of an iteration of Stable Diffusion 3.5 Medium at 512 px, 48 groups of 24."""
     config = sd3_pec.get_config() if perception else sd3_grpo.get_config()
     config.perception.update({"encoder": encoder, "estimator": estimator})
-    mesh, program, arguments, shardings = ahead.abstract_step(
-        from_config_dict(config), jax.devices()[:1]
-    )
+    built = from_config_dict(config)
+    mesh, program, arguments, shardings = ahead.abstract_step(built, jax.devices()[:1])
     state, frozen, batch, key = (getattr(arguments, n) for n in ("state", "frozen", "batch", "key"))
-    setup = setups.Setup(program, mesh, shardings, state.params, frozen, batch, key)
+    setup = setups.Setup(built, program, mesh, shardings, state.params, frozen, batch, key)
     if not perception:
         setup = setups.without_perception(setup)
     step = functools.partial(train_step, setups.as_compiled(setup.program))

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-from pec_jax.rl.program import initial_state
 
 from benchmarks import setups, torch_functions, torch_models, torch_reference
-from pec_jax.config import ConfigError, from_config_dict
+from pec_jax.config import ConfigError
+from pec_jax.config.schema import from_config_dict
 from pec_jax.flow import sampler
 from pec_jax.profiling import flops
-from pec_jax.rl import train_step as steps
+from pec_jax.rl.rollout import rollout
+from pec_jax.rl.score import score
 from pec_jax.rl.update import update
 from pec_jax.weights.lora_files import lora_to_torch
 from tests.conftest import small_config_dict
@@ -41,8 +42,9 @@ def setup():
     config = small_config_dict()
     config.sampler.guidance = 3.0
     config.batch.update({"rollout_images": 2, "decode_images": 2, "update_images": 1})
-    config.grpo.update({"minibatches": 2, "clip_low": 1e-2, "clip_high": 2e-2})
-    config.constraint.update({"name": "pec", "weight": 0.5, "unit": "reward_std"})
+    config.updates.minibatches = 2
+    config.objective.grpo.update({"clip_low": 1e-2, "clip_high": 2e-2})
+    config.constraints.pec.update({"weight": 0.5, "unit": "reward_std"})
     config.perception.k = 2
     config.optimizer.eps = 1e-3  # 1e-8 would blow the rounding of tiny gradients up to whole steps
     setup = setups.loaded(from_config_dict(config))
@@ -55,14 +57,15 @@ def setup():
 def ours(setup):
     """(rollout with rewards and surprisals, state after the update, metrics) of our step."""
 
-    @jax.jit
-    def run(state, frozen, batch, key):
-        trajectory = steps.rollout(setup.program, state.params, frozen, batch, key)
-        found = steps.score(setup.program, frozen, batch, trajectory)
-        return found, *update(setup.program, state, frozen, batch, found, key)
+    program = setup.program
 
-    state = initial_state(setup.params, setup.program.optimizer, setup.config.constraint.weight)
-    return run(state, setup.frozen, setup.batch, setup.key)
+    @jax.jit
+    def run(state, inputs, key):
+        trajectory = rollout(program.drawing, state.params, inputs, key)
+        found, _ = score(program.scorer, inputs, trajectory, program.drawing.group_size)
+        return found, *update(program.learner, state, inputs, found, key)
+
+    return run(program.initial_state(setup.params), (setup.frozen, setup.batch), setup.key)
 
 
 @pytest.fixture
@@ -90,7 +93,8 @@ def test_the_same_noise_gives_the_same_trajectory_and_scores(setup, ours, theirs
     close(found.x_next, nchw(rollout.trajectory.x_next), 1e-4)
     close(found.logp, rollout.trajectory.logp, 1e-5)
     images = theirs.decode(nchw(rollout.trajectory.x_0))
-    features = {name: theirs.features(name, images) for name in ("dino", "pickscore")}
+    features = {network: theirs.features(network, images) for network in theirs.models.encoders}
+    assert len(features) == 2
     # A pixel that rounds to the neighbouring 8-bit level moves a reward by a few 1e-5.
     close(theirs.rewards(features), rollout.rewards, 2e-4)
     close(theirs.surprisal(features), rollout.surprisal, 2e-4)
@@ -137,40 +141,45 @@ def test_estimators(estimator):
 
 
 def test_what_torch_does_not_know_is_said(small_config):
-    small_config.constraint.name = "kl_cov"
-    with pytest.raises(ConfigError, match=r"constraint.name=kl_cov; it knows none, pec"):
+    small_config.constraints.kl_cov.weight = 1.0
+    with pytest.raises(ConfigError, match=r"config.constraints=kl_cov; it knows pec"):
         torch_functions.check(from_config_dict(small_config))
 
 
 def test_a_step_without_perception_computes_no_features(setup):
-    with pytest.raises(ConfigError, match="'pec' needs"):
+    with pytest.raises(ConfigError, match=r"constraints\.pec needs"):
         setups.without_perception(setup)
-    plain = setups.without_perception(setups.with_method(setup, constraint="none"))
-    features = {name: np.zeros((2, 4, 3), np.float32) for name in plain.program.spaces}
-    assert plain.program.surprisal(features).shape == (2, 4)
-    assert plain.program.features["dino"](None, np.ones((5, 8, 8, 3))).shape == (5, 3)
+    plain = setups.without_perception(setups.with_constraints(setup, {}))
+    scorer = plain.program.scorer
+    features = {name: np.zeros((2, 4, 3), np.float32) for name in scorer.spaces}
+    assert scorer.surprisal(features).shape == (2, 4)
+    assert scorer.spaces["dino"].features(None, np.ones((5, 8, 8, 3))).shape == (5, 3)
 
 
 def test_an_encoder_that_is_reward_and_perception_counts_once(setup):
-    config = setup.config
-    perception = dataclasses.replace(config.perception, encoder="pickscore")
-    program = dataclasses.replace(
-        setup.program,
-        config=dataclasses.replace(config, perception=perception),
-        spaces={"pickscore": 1.0},
-    )
-    shared = setups.with_method(dataclasses.replace(setup, program=program), estimator="knn")
-    plain = setups.without_perception(setups.with_method(setup, constraint="none"))
+    perception = dataclasses.replace(setup.config.perception, encoder="pickscore")
+    shared = setups.loaded(dataclasses.replace(setup.config, perception=perception))
+    plain = setups.without_perception(setups.with_constraints(setup, {}))
+    inputs = setup.frozen, setup.batch
+    drawing = setup.program.drawing
     trajectory = jax.eval_shape(
-        functools.partial(steps.rollout, plain.program),
-        setup.params,
-        setup.frozen,
-        setup.batch,
-        setup.key,
+        functools.partial(rollout, drawing), setup.params, inputs, setup.key
     )
 
     def count(found):
-        score = functools.partial(steps.score, setups.as_compiled(found.program))
-        return flops.count(score, setup.frozen, setup.batch, trajectory)
+        scorer = setups.as_compiled(found.program).scorer
+        return flops.count(lambda *a: score(scorer, *a, drawing.group_size), inputs, trajectory)
 
     assert count(shared) == count(plain) < count(setup)
+
+
+def test_other_constraints_are_given_as_fields(setup):
+    assert setups.constraint_sections("none") == {}
+    text = "pec.weight=1.5,pec.unit=reward_std,kl.weight=0.01"
+    sections = setups.constraint_sections(text)
+    assert sections == {"pec": {"weight": 1.5, "unit": "reward_std"}, "kl": {"weight": 0.01}}
+    assert setups.reading_perception(setups.with_constraints(setup, sections)) == ["pec"]
+    with pytest.raises(ConfigError, match="--against is 'kl'; give none, or fields"):
+        setups.constraint_sections("kl")
+    with pytest.raises(ConfigError, match=r"config.constraints.*'klo'"):
+        setups.with_constraints(setup, {"klo": {"weight": 1.0}})

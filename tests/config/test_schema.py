@@ -7,10 +7,20 @@ import math
 
 import pytest
 
+from pec_jax import config as config_lib
 from pec_jax.config import ConfigError, from_config_dict
-from pec_jax.config import schema as config_lib
 
-CONFIGS = ("base", "shapes_grpo", "shapes_grpo_kl", "shapes_pec", "shapes_study")
+CONFIGS = (
+    "base",
+    "flux_grpo",
+    "flux_pec",
+    "sd3_grpo",
+    "sd3_pec",
+    "shapes_grpo",
+    "shapes_grpo_kl",
+    "shapes_pec",
+    "shapes_study",
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -53,19 +63,28 @@ BAD_VALUES = [
     ("batch.rollout_images", 3, ["config.batch.rollout_images", "divide"]),
     ("batch.decode_images", 3, ["config.batch.decode_images", "divide"]),
     ("batch.update_images", 3, ["config.batch.update_images", "divide"]),
-    ("grpo.minibatches", 3, ["config.grpo.minibatches", "multiple of 3"]),
+    ("updates.minibatches", 3, ["config.updates.minibatches", "multiple of 3"]),
     ("sampler.num_steps", 1, ["config.sampler.num_steps", "at least 2"]),
     ("sampler.window", (2, 9), ["config.sampler.window", "num_steps (3)"]),
     ("sampler.window", (1,), ["config.sampler.window", "(start, stop)"]),
     ("model.dtype", "float16", ["config.model.dtype", "bfloat16", "float32"]),
     ("trainable.mode", "loraa", ["'loraa'", "Did you mean 'lora'", "full"]),
-    ("constraint.unit", "std", ["config.constraint.unit", "raw", "reward_std"]),
-    ("constraint.weight", -1.0, ["config.constraint.weight", "at least 0"]),
-    ("constraint.weight", math.nan, ["config.constraint.weight", "at least 0"]),
+    ("constraints.pec.unit", "std", ["config.constraints.pec.unit", "raw", "reward_std"]),
+    ("constraints.pec.weight", -1.0, ["config.constraints.pec.weight", "at least 0"]),
+    ("constraints.pec.weight", math.nan, ["config.constraints.pec.weight", "at least 0"]),
+    ("constraints.pecc", {"weight": 1.0}, ["config.constraints", "Did you mean 'pec'"]),
+    ("constraints.pec.wait", 1.0, ["config.constraints.pec", "Did you mean 'weight'"]),
+    ("objective.name", "grpoo", ["config.objective.name", "Did you mean 'grpo'", "nft"]),
+    ("objective.grpo.clip_low", 2.0, ["config.objective.grpo.clip_low", "at most 1"]),
+    ("optimizer.learning_rate", math.inf, ["config.optimizer.learning_rate", "is inf"]),
+    ("seed", -1, ["config.seed", "at least 0"]),
+    ("seed", 2**64 - 1, ["config.seed", "at most 4294967295"]),
+    ("sampler.kernel", "sde", ["config.sampler.kernel", "flow_sde", "cps"]),
     ("optimizer.learning_rate", "fast", ["config.optimizer.learning_rate", "type float"]),
     ("num_iterations", 1.5, ["config.num_iterations", "type int"]),
-    ("rewards", {"pickscore": 0.0}, ["config.rewards", "weight other than 0"]),
-    ("rewards", {"pickscore": "much"}, ["config.rewards.pickscore", "type float"]),
+    ("rewards.pickscore.weight", 0.0, ["config.rewards", "weight other than 0"]),
+    ("rewards.pickscore.weight", "much", ["config.rewards.pickscore.weight", "type float"]),
+    ("rewards.ocrr", {"weight": 1.0}, ["config.rewards", "unknown reward 'ocrr'"]),
     ("eval", 3, ["config.eval", "section"]),
 ]
 
@@ -102,3 +121,39 @@ def test_a_missing_field_is_named(small_config):
     del values["sampler"]["guidance"]
     with pytest.raises(ConfigError, match=r"config\.sampler lacks guidance"):
         from_config_dict(values)
+
+
+def test_a_definition_brings_its_section_with_defaults(small_config):
+    values = small_config.to_dict()
+    del values["constraints"]["kl"], values["rewards"]["clip"]
+    config = from_config_dict(values)
+    assert config.constraints["kl"].weight == 0 and not config.rewards["clip"].evaluate
+
+
+def test_a_config_of_an_earlier_version_is_answered(small_config):
+    values = small_config.to_dict() | {"constraint": {"name": "pec"}}
+    with pytest.raises(ConfigError, match=r"earlier version.*config\.constraints\.NAME\.weight"):
+        from_config_dict(values)
+
+
+def test_every_field_has_a_help(small_config):
+    from dataclasses import fields, is_dataclass
+
+    def walk(section):
+        for entry in fields(section):
+            value = getattr(section, entry.name)
+            if is_dataclass(value) and not hasattr(value, "sections"):
+                walk(value)
+            else:
+                assert entry.metadata["help"].endswith("."), entry.name
+
+    config = from_config_dict(small_config)
+    walk(config)
+    for sections in (
+        config.constraints,
+        config.rewards,
+        config.encoders,
+        config.objective.sections,
+    ):
+        for options in sections.values():
+            walk(options)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pec_jax.data.embedding_store import INDEX, EmbeddingStore, write_store
+from pec_jax.io import write_json
 from pec_jax.types import Conditioning
-from pec_jax.weights.tensors import WeightsError, write_json, write_tensors
+from pec_jax.weights.tensors import WeightsError, write_tensors
 
 PROMPTS = ["a", "b", "c"]
 TOKENS = np.arange(18, dtype=np.float32).reshape(3, 3, 2)

@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process of its own, which has 8 devices: one iteration a mesh."""
+"""Run by test_mesh.py in a process of its own, which has 8 devices: one iteration per mesh."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pec_jax.rl.program import initial_state
-
 from pec_jax.config.schema import from_config_dict
 from pec_jax.distributed import mesh as sharding
-from pec_jax.rl import program as program_lib
+from pec_jax.profiling import aot as ahead
 from pec_jax.rl.train_step import train_step
-from pec_jax.training.build import make_world
+from pec_jax.training.build import build
 from tests.conftest import small_config_dict
 
 
@@ -26,8 +24,8 @@ def config_of(mesh: tuple[int, int, int]):
     """8 groups of 4 images in two mini-batches, sampled, decoded and trained in pieces."""
     config = small_config_dict()
     config.batch.update({"groups": 8, "rollout_images": 2, "decode_images": 2, "update_images": 1})
-    config.grpo.minibatches = 2
-    config.constraint.update({"name": "pec", "weight": 1.0, "unit": "reward_std"})
+    config.updates.minibatches = 2
+    config.constraints.pec.update({"weight": 1.0, "unit": "reward_std"})
     config.perception.k = 1
     config.optimizer.eps = 1e-3  # 1e-8 would blow the rounding of tiny gradients up to whole steps
     config.mesh.update(dict(zip(sharding.AXES, mesh)))
@@ -39,25 +37,28 @@ def one_iteration(shape: tuple[int, int, int]) -> dict:
     config = config_of(shape)
     mesh = sharding.make_mesh(config)
     place = sharding.placement(mesh, config)
-    world = make_world(config, place)
-    shardings = program_lib.state_shardings(world.program, world.params, world.param_axes, place)
+    experiment = build(config, place)
+    program, params = experiment.program, experiment.params
+    shardings = sharding.state_shardings(
+        jax.eval_shape(program.initial_state, params),
+        experiment.param_axes,
+        program.learner.optimizer,
+        place,
+    )
     noise = np.random.default_rng(0)  # a LoRA that does something
     params = jax.tree.map(
         lambda a, where: sharding.put_array(
             np.asarray(a + 0.05 * noise.normal(size=a.shape), np.float32), where
         ),
-        world.params,
+        params,
         shardings.params,
     )
-    make = functools.partial(
-        initial_state, optimizer=world.program.optimizer, constraint_weight=1.0
-    )
-    state = jax.jit(make, out_shardings=shardings)(params)
-    frozen = sharding.put_replicated(world.frozen, mesh)
+    state = jax.jit(program.initial_state, out_shardings=shardings)(params)
+    frozen = sharding.put_replicated(experiment.frozen, mesh)
     key = sharding.put_replicated(jax.random.key(0), mesh)
-    batch = sharding.put_batch(world.train.gather(np.arange(8)), mesh, 8)
+    batch = sharding.put_batch(experiment.tables["train"].gather(np.arange(8)), mesh, 8)
     step = jax.jit(
-        functools.partial(train_step, world.program),
+        functools.partial(train_step, program),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
@@ -67,14 +68,26 @@ def one_iteration(shape: tuple[int, int, int]) -> dict:
         compiled = step.lower(state, frozen, batch, key).compile()
         state, metrics = compiled(state, frozen, batch, key)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    kernel = frozen.transformer["params"]["transformer_blocks.0:2"]["attn"]["to_q"]["kernel"]
+    (space,) = program.scorer.spaces.values()
+    kernels = {
+        "policy": frozen.transformer["params"]["transformer_blocks.0:2"]["attn"]["to_q"],
+        "encoder": frozen.networks[space.network]["params"]["encoder.layer.0:4"]["output.dense"],
+    }
+    _, _, arguments, _ = ahead.abstract_step(config, jax.devices())
     return {
         "metrics": {name: float(value) for name, value in metrics.items()},
         "params": {
             jax.tree_util.keystr(path): np.asarray(leaf).ravel()[::37].tolist()
             for path, leaf in leaves
         },
-        "kernel_bytes": kernel.addressable_shards[0].data.nbytes / kernel.nbytes,
+        "kernel_bytes": {
+            name: layer["kernel"].addressable_shards[0].data.nbytes / layer["kernel"].nbytes
+            for name, layer in kernels.items()
+        },
+        "frozen_bytes": sum(
+            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(frozen)
+        ),
+        "frozen_bytes_ahead": ahead.bytes_per_chip(arguments.frozen),
         "state_bytes": max(
             leaf.addressable_shards[0].data.nbytes / leaf.nbytes for _, leaf in leaves
         ),

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pec_jax.config import ConfigError, MeshConfig, from_config_dict
+from pec_jax.config import ConfigError
+from pec_jax.config.schema import MeshConfig, from_config_dict
 from pec_jax.distributed import mesh as sharding
 
 RULES = [("batch", ("data", "fsdp")), ("embed", ("fsdp",)), ("mlp", ("tensor",))]
@@ -81,6 +82,17 @@ def test_one_device_needs_no_constraint(small_config):
     assert sharding.local_groups(mesh, 6) == slice(0, 6)
 
 
+def test_the_platform_is_that_of_the_devices_that_the_program_is_for(small_config):
+    assert sharding.platform() == jax.default_backend()
+    mesh = sharding.make_mesh(from_config_dict(small_config), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        assert sharding.platform() == jax.devices()[0].platform
+    chip = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    pod = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(pod):
+        assert sharding.platform() == "tpu"
+
+
 @pytest.fixture(scope="module")
 def iterations():
     """Mesh shape -> what one iteration on it gave, in a process with 8 devices."""
@@ -114,7 +126,9 @@ def test_what_lies_where(iterations, shape):
     data, fsdp, tensor = shape
     found = iterations[shape]
     assert found["groups"] == 8 // (data * fsdp)  # whole groups on every device
-    assert found["kernel_bytes"] == pytest.approx(1 / (fsdp * tensor))
+    for network, share in found["kernel_bytes"].items():  # the policy's, the encoder's
+        assert share == pytest.approx(1 / (fsdp * tensor)), network
+    assert found["frozen_bytes_ahead"] == found["frozen_bytes"]
     if RANK % fsdp == 0:  # else it cannot be split
         assert found["state_bytes"] <= 1 / fsdp
     assert found["as_asked"]

@@ -178,18 +178,20 @@ def test_a_sigterm_to_one_stops_and_saves_all_and_another_number_resumes(tmp_pat
 
 def test_one_of_several_hosts_does_not_run_alone():
     with pytest.raises(RunError, match="add --distributed"):
-        hosts.refuse_to_run_alone({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"})
+        hosts.refuse_unjoined_process({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"})
     with pytest.raises(RunError, match="SLURM_STEP_NUM_TASKS=2"):
-        hosts.refuse_to_run_alone({"SLURM_STEP_NUM_TASKS": "2"})
-    hosts.refuse_to_run_alone({"TPU_WORKER_HOSTNAMES": "localhost", "SLURM_STEP_NUM_TASKS": "1"})
-    hosts.refuse_to_run_alone({})
+        hosts.refuse_unjoined_process({"SLURM_STEP_NUM_TASKS": "2"})
+    hosts.refuse_unjoined_process(
+        {"TPU_WORKER_HOSTNAMES": "localhost", "SLURM_STEP_NUM_TASKS": "1"}
+    )
+    hosts.refuse_unjoined_process({})
 
 
 def test_who_cannot_join_the_others_says_so():
     code = (
         "from pec_jax.distributed import processes as hosts; hosts.START_TIMEOUT_SECONDS = 2\n"
-        "from pec_jax.errors import exit_with_sentence\n"
-        "with exit_with_sentence():\n    hosts.join('localhost:1', 2, 1)"
+        "from pec_jax.errors import exit_on_user_error\n"
+        "with exit_on_user_error():\n    hosts.join('localhost:1', 2, 1)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -200,3 +202,15 @@ def test_who_cannot_join_the_others_says_so():
         check=False,
     )
     assert done.returncode != 0
+
+
+def test_a_start_that_the_first_process_refuses_ends_all_of_them(tmp_path):
+    """A file where the directory should be, as the first process finds out."""
+    workdir = tmp_path / "file"
+    workdir.write_text("mine")
+    processes = start(workdir, 2)
+    assert [process.wait(timeout=300) for process in processes] == [2, 2]
+    first, second = ((tmp_path / f"file_{i}.txt").read_text() for i in range(2))
+    assert "file is a file. Give the name of a directory" in first
+    assert "process 0 could not go on; its own message says why" in second
+    assert "Traceback" not in first + second and workdir.read_text() == "mine"

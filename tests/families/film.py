@@ -8,14 +8,14 @@ import shutil
 import flax.linen as nn
 import jax.numpy as jnp
 
-from pec_jax.families.base import Pipeline, per_mille
+from pec_jax.families.base import Pipeline, timesteps
 from pec_jax.families.flux import Flux1
 from pec_jax.families.networks import Network, float_shape
 from pec_jax.families.text import t5_encoder
+from pec_jax.io import read_json, write_json
 from pec_jax.models import layers
 from pec_jax.models.attention import attention
 from pec_jax.types import Conditioning
-from pec_jax.weights.tensors import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Film(Pipeline):
 
     def velocity(self, variables, x_t, sigma, conditioning, guidance=None):
         text = conditioning.tokens, conditioning.mask
-        return self.transformer.apply(variables, x_t, per_mille(sigma, x_t), *text)
+        return self.transformer.apply(variables, x_t, timesteps(sigma, x_t), *text)
 
     @classmethod
     def combiner(cls, root, text_length):

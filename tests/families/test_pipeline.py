@@ -22,12 +22,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-from pec_jax.config.schema import ConfigError
+from pec_jax.config import ConfigError
+from pec_jax.errors import FileError
 from pec_jax.families.networks import AUTOENCODER_KL, load_network, save_network
 from pec_jax.families.pipeline import load_pipeline, load_transformer
 from pec_jax.families.tiny import write_transformer
+from pec_jax.io import read_json
 from pec_jax.shapes.pretraining import tokenizers
-from pec_jax.weights.tensors import WeightsError, read_json, read_tensors
+from pec_jax.weights.tensors import WeightsError, read_tensors
 
 CAPTIONS = ["a small red circle on a dark background", "a large blue square at the top", "a shape"]
 
@@ -269,7 +271,7 @@ class TestClearErrors:
             load_pipeline(tmp_path / "nowhere")
 
     def test_not_a_pipeline(self, tmp_path):
-        with pytest.raises(WeightsError, match=r"model_index\.json: no such file"):
+        with pytest.raises(FileError, match=r"model_index\.json: no such file"):
             load_pipeline(tmp_path)
 
     @pytest.mark.parametrize(
@@ -332,5 +334,5 @@ class TestClearErrors:
 
     def test_missing_scheduler(self, copy):
         shutil.rmtree(copy / "scheduler")
-        with pytest.raises(WeightsError, match=r"scheduler_config\.json: no such file"):
+        with pytest.raises(FileError, match=r"scheduler_config\.json: no such file"):
             load_pipeline(copy, text=False)

@@ -20,6 +20,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from pec_jax.errors import FileError
 from pec_jax.families.pipeline import load_text_stack
 from pec_jax.families.text import load_tokenizer
 from pec_jax.shapes.pretraining import tokenizers
@@ -173,7 +174,7 @@ def test_incomplete_directory_is_named(directory, tmp_path, missing, message):
     shutil.copytree(directory, copy)
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(FileError, match=message):
         load_text_stack(copy)
 
 

@@ -11,7 +11,8 @@ import torch
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.families.tiny import write_pipeline
 from pec_jax.inference import draw as sampling
-from pec_jax.weights.tensors import WeightsError, read_json, write_json
+from pec_jax.io import read_json, write_json
+from pec_jax.weights.tensors import WeightsError
 
 PROMPTS = ("a small red circle on a dark background", "a shape")
 T5_LENGTH = 14  # tokens of the embedded tokenizers

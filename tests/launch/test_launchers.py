@@ -380,6 +380,6 @@ def test_local_starts_main():
         [sys.executable, LAUNCH / "local.py", "2", "--workdir=nowhere"],
         capture_output=True, text=True, cwd=ROOT, timeout=60,
     )  # fmt: skip
-    assert done.returncode == 1 and "--config is missing" in done.stdout
+    assert done.returncode == 2 and "--config is missing" in done.stdout
     nothing = subprocess.run([sys.executable, LAUNCH / "local.py"], capture_output=True, text=True)
     assert nothing.returncode == 2 and "launch/local.py 2" in nothing.stderr

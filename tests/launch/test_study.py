@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from pec_jax.config.schema import from_config_dict
+from pec_jax.config.registry import CONSTRAINTS
+from pec_jax.config.schema import from_config_dict, to_dict
 from pec_jax.evaluation.table import Row, normalise
-from pec_jax.rl.constraints import CONSTRAINTS
+
+
+def shapes_study():
+    from configs import shapes_study
+
+    return shapes_study.get_config()
+
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -34,7 +41,7 @@ def claims(study):
 
 
 def test_every_constraint_has_a_row(study):
-    assert {method.name for method in study.METHODS} == set(CONSTRAINTS)
+    assert {method.name for method in study.METHODS} == {"none", *CONSTRAINTS}
     by_name = [(method.name, method.space, method.rows) for method in study.METHODS]
     for name in ("entropy_reg", "clip_cov", "kl_cov"):
         assert {(name, "latent", 1), (name, "pickscore", 1)} <= set(by_name)
@@ -66,8 +73,12 @@ def test_every_override_is_a_field_of_the_config(study):
                 for name in path:
                     section = section[name]
                 section[last] = type(section[last])(text)
-            assert from_config_dict(config).constraint.name == method.name
-            assert config.rewards.attributes == 1.0 and config.rewards.pickscore == 0.0
+            sections = from_config_dict(config).constraints
+            on = [name for name, options in sections.items() if CONSTRAINTS[name].is_on(options)]
+            assert on == [method.name] * (method.name != "none")
+            weights = {name: config.rewards[name].weight for name in config.rewards}
+            assert {name for name, weight in weights.items() if weight} == {"attributes"}
+            assert config.rewards.pickscore.evaluate and config.rewards.clip.evaluate
 
 
 def test_directories_do_not_collide(study):
@@ -81,7 +92,12 @@ def test_the_best_values_come_first(study):
 
 def test_how_well_a_target_is_held(claims, tmp_path):
     lines = [
-        {"step": i + 1, "reward/mean": 1.0, "constraint/target": 0.5, "entropy/perceptual": h}
+        {
+            "step": i + 1,
+            "reward/mean": 1.0,
+            "constraint/pec_target/target": 0.5,
+            "entropy/perceptual": h,
+        }
         for i, h in enumerate([9.0] * claims.WARM_UP + [0.4, 0.5, 0.9])
     ]
     text = "".join(json.dumps(line) + "\n" for line in [{"step": 1, "quality/a": 1.0}, *lines])
@@ -120,7 +136,7 @@ def test_archived_runs_come_back_as_finished_ones(study, tmp_path):
     archive = sys.modules["study_archive"]
     run = tmp_path / "runs" / "pickscore" / "none_seed=0"
     run.mkdir(parents=True)
-    (run / "config.json").write_text('{"seed": 0}')
+    (run / "config.json").write_text(json.dumps(to_dict(from_config_dict(shapes_study()))))
     (run / "eval.json").write_text('{"quality/a": 0.123456789}')
     (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 2.5}\n{"step": 2}\n')
     (run / "checkpoint").write_text("large")
@@ -137,3 +153,22 @@ def test_archived_runs_come_back_as_finished_ones(study, tmp_path):
     steps = (again / run.name / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in steps] == [1, 2]
     assert not (again / run.name / "checkpoint").exists()
+
+
+def test_runs_of_an_earlier_version_are_refused_before_any_training(study, tmp_path, capsys):
+    run = tmp_path / "runs" / "pickscore" / "none_seed=0"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"seed": 0, "constraint": {"name": "none"}}')
+    with pytest.raises(SystemExit, match=r"config.json was written by an earlier"):
+        study.check(tmp_path / "runs")
+    kept = study.sweep.ROOT / "docs" / "results" / "study"  # made by an earlier version
+    with pytest.raises(SystemExit, match=r"runs.tar.xz/.* by an earlier version"):
+        study.check(tmp_path / "new", archive=kept)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_parameters_chosen_before_are_of_todays_methods(study):
+    """`--quick` reads them from a file that an earlier version wrote."""
+    chosen = study.ranked(json.loads(study.TUNED.read_text())["overall"])
+    for method in (*study.METHODS, *study.ESTIMATORS):
+        assert not method.grid or set(chosen[method.label]) == set(method.grid)

@@ -83,7 +83,7 @@ def fake(directory, script=""):
     return FakeJob(directory, script or done)
 
 
-def test_finished_jobs_are_passed_over_and_failures_do_not_stop_the_rest(sweep, tmp_path, capsys):
+def test_finished_jobs_are_skipped_and_failures_do_not_stop_the_rest(sweep, tmp_path, capsys):
     jobs = [
         fake(tmp_path / "a"),
         fake(tmp_path / "b", "import sys; print('why'); sys.exit(3)"),
@@ -101,14 +101,14 @@ def test_finished_jobs_are_passed_over_and_failures_do_not_stop_the_rest(sweep, 
 def test_print_shows_commands_and_runs_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "sweep.py", f"--config={ROOT}/configs/shapes_pec.py",
-         f"--runs={tmp_path}", "--print", "--config.constraint.weight=0.5,1", "--config.seed=0,1",
-         "--config.num_iterations=3"],
+         f"--runs={tmp_path}", "--print", "--config.seed=0,1",
+         "--config.constraints.pec.weight=0.5,1", "--config.num_iterations=3"],
         capture_output=True, text=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert len(lines) == 4 and not list(tmp_path.iterdir())
     assert all("--config.num_iterations=3" in line for line in lines)
-    assert "--config.constraint.weight=1" in lines[-1] and "--config.seed=1" in lines[-1]
+    assert "--config.constraints.pec.weight=1" in lines[-1] and "--config.seed=1" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_mistakes_are_sentences(tmp_path, arguments, words):
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_killed_sweep_ends_its_runs_and_goes_on_later(tmp_path):
+def test_a_killed_sweep_ends_its_runs_and_resumes_later(tmp_path):
     """The stand-in run stops when told to, as a training run does; the next call finishes it."""
     script = tmp_path / "go.py"
     script.write_text(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pec_jax.models.attention import attention, on_tpu, written_out
+from pec_jax.models.attention import attention, on_tpu, reference_attention
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -78,11 +78,11 @@ def test_the_tpu_kernel_and_its_gradient(queries, keys):
 
     np.testing.assert_allclose(
         on_tpu(q, k, v, scale=0.2, interpret=True),
-        written_out(q, k, v, bias=None, scale=0.2),
+        reference_attention(q, k, v, bias=None, scale=0.2),
         atol=5e-6,  # fp32 rounding of another order of sums
     )
     ours = jax.grad(loss(on_tpu, interpret=True), (0, 1, 2))(q, k, v)
-    theirs = jax.grad(loss(written_out, bias=None), (0, 1, 2))(q, k, v)
+    theirs = jax.grad(loss(reference_attention, bias=None), (0, 1, 2))(q, k, v)
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

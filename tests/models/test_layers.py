@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from pec_jax.models import layers
+from pec_jax.models import cpu, layers
 
 KEY = jax.random.key(0)
 
@@ -91,12 +91,12 @@ def test_product_has_the_derivatives_of_a_product():
     def loss(multiply):
         return lambda x, kernel: jnp.sum(jnp.sin(multiply(x, kernel)))
 
-    ours = jax.jit(jax.grad(loss(layers.product), (0, 1)))(x, kernel)
+    ours = jax.jit(jax.grad(loss(cpu.product), (0, 1)))(x, kernel)
     theirs = jax.grad(loss(jnp.dot), (0, 1))(x, kernel)
     for got, want in zip(ours, theirs):
         np.testing.assert_allclose(got, want, atol=1e-5)  # sums over 15 tokens, in another order
     tangents = (jnp.ones_like(x), along)
-    ours, theirs = (jax.jvp(loss(f), (x, kernel), tangents)[1] for f in (layers.product, jnp.dot))
+    ours, theirs = (jax.jvp(loss(f), (x, kernel), tangents)[1] for f in (cpu.product, jnp.dot))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
@@ -241,11 +241,25 @@ class TestRuns:
         assert variables["params"]["to_out.0"]["kernel"].names == ("layers", "embed", "mlp")
 
     def test_long_runs_stay_loops(self):
-        run = layers.scan_layers(Step, layers.CPU_UNROLL + 1)()
+        run = layers.scan_layers(Step, cpu.MAX_UNROLLED + 1)()
         x = normal(0, 2, 4)
         variables = run.init(KEY, x, 0.5)
         lowered = jax.jit(run.apply).lower(variables, x, 0.5).as_text()
         assert "stablehlo.while" in lowered
+
+    def test_a_program_for_tpus_has_what_is_for_cpus_nowhere(self):
+        """On whatever machine it is compiled: a loop, and an adapter beside its layer."""
+        x, run = normal(0, 2, 4), layers.scan_layers(Step, 2)()
+        variables = nn.unbox(run.init(KEY, x, 0.5))
+        adapter = {"a": normal(1, 2, 4, 4), "b": normal(2, 2, 4, 4)}
+        variables["lora"] = {"to_out.0": adapter}
+        here = str(jax.make_jaxpr(layers.scan_layers(Step, 2)().apply)(variables, x, 0.5))
+        chip = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=chip)
+        with jax.sharding.use_abstract_mesh(mesh):
+            there = str(jax.make_jaxpr(layers.scan_layers(Step, 2)().apply)(variables, x, 0.5))
+        assert "unroll=2" in here and "name=product" in here
+        assert "unroll=1" in there and "name=product" not in there
 
     def test_names_of_a_run(self):
         path = ["decoder", layers.run_name("blocks", 2, 4), "to_out.0"]

@@ -12,7 +12,8 @@ import pytest
 from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.config.fields import field
 from pec_jax.config.registry import ENCODERS
-from pec_jax.perception.encoder import Encoder, EncoderOptions, register, unit
+from pec_jax.perception.definition import EncoderOptions, register
+from pec_jax.perception.encoder import Encoder, unit
 from pec_jax.training.build import make_judges
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.flow.sampler import step_log_prob
+from pec_jax.flow.sampler import FlowSampler
 from pec_jax.rl.losses import clipped_surrogate, policy_loss
-from pec_jax.types import Conditioning
+from pec_jax.types import Transition
 
 ADVANTAGES = jnp.asarray([1.5, -0.5, 0.0, -1.0])
 
@@ -20,19 +20,9 @@ def _logp(params):
     """Four steps of a small policy, through the real kernel."""
     keys = jax.random.split(jax.random.key(0), 2)
     x_t, x_next = (jax.random.normal(k, (4, 2, 2, 3)) for k in keys)
-    conditioning = Conditioning(tokens=jnp.zeros((4, 1, 1)), pooled=jnp.zeros((4, 1)))
-    return step_log_prob(
-        lambda p, x, sigma, c: jnp.tanh(x @ p),
-        params,
-        x_t,
-        x_next,
-        0.9,
-        0.85,
-        conditioning,
-        kernel="flow_sde",
-        noise_level=0.7,
-        sigma_max=0.95,
-    )[0]
+    sampler = FlowSampler(np.asarray([1.0, 0.95, 0.0]), "flow_sde", 0.7, (True, True))
+    taken = Transition(x_t, x_next, jnp.float32(0.9), jnp.float32(0.85))
+    return sampler.log_prob(lambda x, sigma: jnp.tanh(x @ params), taken).logp
 
 
 PARAMS = jax.random.normal(jax.random.key(1), (3, 3))

@@ -10,57 +10,58 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pec_jax.rl.program import bind, initial_state
 
-from pec_jax.config.schema import from_config_dict
-from pec_jax.flow.sampler import step_log_prob
-from pec_jax.flow.transition import policy_entropy, schedule_stds
-from pec_jax.rewards.base import Reward
-from pec_jax.rl import train_step as steps
-from pec_jax.rl import update as updates
+from pec_jax.config import from_config_dict
+from pec_jax.flow.sampler import FlowSampler
+from pec_jax.flow.transition import policy_entropy
+from pec_jax.rewards import Reward
+from pec_jax.rewards.combined import CombinedReward
+from pec_jax.rl import score as scores
 from pec_jax.rl.advantages import group_advantages
-from pec_jax.rl.constraints import get_constraint
-from pec_jax.training.build import make_world
+from pec_jax.rl.rollout import rollout
+from pec_jax.rl.train_step import experienced, initial_state, train_step
+from pec_jax.rl.update import update
+from pec_jax.training import build
+from pec_jax.types import Transition
 from tests.conftest import small_config_dict
 
 
-def make_state(world, noise: float = 0.0):
+def changed(experiment, **overrides):
+    """The experiment's program under a config with some dotted fields changed (`__` for a dot)."""
+    config = small_config_dict()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    judges = build.Judges(experiment.rewards, experiment.spaces)
+    return build.make_program(from_config_dict(config), experiment.pipeline, judges)
+
+
+def make_state(experiment, program=None, noise: float = 0.0):
     """A first state; `noise` moves the LoRA away from doing nothing."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda a: jnp.asarray(a + noise * rng.normal(size=a.shape), jnp.float32), world.params
+        lambda a: jnp.asarray(a + noise * rng.normal(size=a.shape), jnp.float32), experiment.params
     )
-    return initial_state(params, world.program.optimizer, world.config.constraint.weight)
+    return (program or experiment.program).initial_state(params)
 
 
-def changed(world, **sections):
-    """The world's program under a config with some fields changed."""
-    config = world.config
-    for section, fields in sections.items():
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **fields)}
-        )
-    constraint = get_constraint(config.constraint.name)
-    return dataclasses.replace(world.program, config=config, constraint=constraint)
+def inputs_of(experiment, ids=(0, 1)):
+    """What does not learn, and the prompts."""
+    return experiment.frozen, experiment.tables["train"].gather(np.asarray(ids))
 
 
 @pytest.fixture(scope="module")
-def experience(world):
-    """One rollout, scored: (state, batch, rollout)."""
-    state, batch = make_state(world, noise=0.05), world.train.gather([0, 1])
-
-    @jax.jit
-    def run(state, frozen, batch, key):
-        trajectory = steps.rollout(world.program, state.params, frozen, batch, key)
-        return steps.score(world.program, frozen, batch, trajectory)
-
-    return state, batch, run(state, world.frozen, batch, jax.random.key(1))
+def drawn(experiment):
+    """One rollout, scored: (state, inputs, rollout, metrics)."""
+    state, inputs = make_state(experiment, noise=0.05), inputs_of(experiment)
+    run = jax.jit(functools.partial(experienced, experiment.program))
+    return state, inputs, *run(state.params, inputs, jax.random.key(1))
 
 
-def run_update(program, world, state, batch, rollout):
-    return jax.jit(functools.partial(updates.update, program))(
-        state, world.frozen, batch, rollout, jax.random.key(7)
-    )
+def run_update(program, drawn, state=None, **changes):
+    """One update of a program on the rollout; the state is made anew for what is on."""
+    before, inputs, found, _ = drawn
+    state = state or program.initial_state(before.params)
+    step = jax.jit(functools.partial(update, program.learner))
+    return step(state, inputs, found.replace(**changes), jax.random.key(7))
 
 
 def assert_close(a, b, rtol=1e-5):
@@ -69,17 +70,22 @@ def assert_close(a, b, rtol=1e-5):
         np.testing.assert_allclose(x, y, atol=rtol * scale, rtol=0)
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_ratio_is_exactly_one(dtype, minibatches):
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "grpo_guard"])
+@pytest.mark.parametrize("dtype, minibatches", [("float32", 2), ("bfloat16", 1)])
+def test_the_first_ratio_is_exactly_one(dtype, minibatches, objective):
     config = small_config_dict()
     config.model.dtype = config.sampler.storage_dtype = dtype
-    config.grpo.minibatches = minibatches
-    config.num_iterations = 1
-    world = make_world(from_config_dict(config))
-    state = make_state(world, noise=0.05)
-    step = jax.jit(functools.partial(steps.train_step, world.program))
-    state, metrics = step(state, world.frozen, world.train.gather([0, 1]), jax.random.key(0))
+    config.updates.minibatches = minibatches
+    config.objective.name = objective
+    made = build.build(from_config_dict(config))
+    state = make_state(made, noise=0.05)
+    step = jax.jit(functools.partial(train_step, made.program))
+    state, metrics = step(state, *inputs_of(made), jax.random.key(0))
     assert float(metrics["policy/ratio_max_deviation"]) == 0.0
     assert float(metrics["policy/grad_norm"]) > 0
     # The rollout's own log-probs differ from the update's by no more than rounding.
@@ -87,58 +93,49 @@ def test_the_first_ratio_is_exactly_one(dtype, minibatches):
     assert int(state.step) == 1
 
 
-def reinforce_gradient(world, state, batch, rollout):
+def reinforce_gradient(experiment, drawn):
     """-mean(A grad log p) over all images and trained steps, written out plainly."""
-    program, trajectory = world.program, rollout.trajectory
-    advantages = group_advantages(rollout.rewards).reshape(-1)
-    repeated = jax.tree.map(
-        lambda a: jnp.repeat(a, rollout.rewards.shape[1], axis=0), batch.conditioning
+    (state, (frozen, batch), found, _), policy = drawn, experiment.program.learner.policy
+    worth = group_advantages(found.rewards).reshape(-1)
+    size, path, sampler = found.rewards.shape[1], found.trajectory, policy.sampler
+    actor = policy.before(
+        frozen, jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), batch.conditioning)
     )
 
     def loss(params):
-        variables = bind(program.config.trainable, params, world.frozen.transformer)
         total = 0.0
-        for t in program.trained_steps:
-            logp, _, _ = step_log_prob(
-                program.guide(program.config.sampler.guidance, world.frozen.negative),
-                variables,
-                trajectory.x_t[t],
-                trajectory.x_next[t],
-                program.sigmas[t],
-                program.sigmas[t + 1],
-                repeated,
-                kernel=program.config.sampler.kernel,
-                noise_level=program.config.sampler.noise_level,
-                sigma_max=program.sigmas[1],
-            )
-            total -= jnp.mean(advantages * logp)
-        return total / len(program.trained_steps)
+        for t in sampler.trained_steps:
+            taken = Transition(path.x_t[t], path.x_next[t], *sampler.sigmas[t : t + 2])
+            total -= jnp.mean(worth * actor.log_prob(params, taken).logp)
+        return total / len(sampler.trained_steps)
 
     return jax.jit(jax.grad(loss))(state.params)
 
 
-def test_the_gradient_is_that_of_reinforce(world, experience):
-    state, batch, rollout = experience
-    expected = reinforce_gradient(world, state, batch, rollout)
+def test_the_gradient_is_that_of_reinforce(experiment, drawn):
+    expected = reinforce_gradient(experiment, drawn)
     # An optimizer that only remembers shows the gradient itself.
-    program = changed(world, grpo={"clip_low": 1e-9, "clip_high": 1e-9})
-    program = dataclasses.replace(program, optimizer=optax.trace(decay=0.0))
-    state = initial_state(state.params, program.optimizer, 0.0)
-    after, _ = run_update(program, world, state, batch, rollout)
+    program = changed(experiment, objective__grpo__clip_low=1e-9, objective__grpo__clip_high=1e-9)
+    after, _ = run_update(with_optimizer(program, optax.trace(decay=0.0)), drawn)
     # Sums over 8 images of 256 latents in another order: a few units of fp32's 6e-8, amplified.
     assert_close(after.opt_state.trace, expected, rtol=1e-4)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 1e-5
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_micro_batches_do_not_change_the_update(world, experience, minibatches):
-    state, batch, rollout = experience
-    whole = changed(world, grpo={"minibatches": minibatches})
-    pieces = changed(world, grpo={"minibatches": minibatches}, batch={"update_images": 1})
-    a, metrics_a = run_update(whole, world, state, batch, rollout)
-    b, metrics_b = run_update(pieces, world, state, batch, rollout)
+def with_optimizer(program, optimizer):
+    """The program with another optimizer."""
+    learner = dataclasses.replace(program.learner, optimizer=optimizer)
+    return dataclasses.replace(program, learner=learner)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "grpo_guard", "nft"])
+def test_micro_batches_do_not_change_the_update(experiment, drawn, objective):
+    fields = {"updates__minibatches": 2, "objective__name": objective}
+    a, metrics_a = run_update(changed(experiment, **fields), drawn)
+    pieces = changed(experiment, batch__update_images=1, **fields)
+    b, metrics_b = run_update(pieces, drawn)
     np.testing.assert_allclose(
-        metrics_a["policy/grad_norm"], metrics_b["policy/grad_norm"], rtol=1e-5
+        metrics_a["policy/grad_norm"], metrics_b["policy/grad_norm"], rtol=1e-4
     )
     # Adam divides by the gradient's size, so that it enlarges rounding where a gradient is tiny:
     # compare the first moments, which are linear in the gradient.
@@ -154,18 +151,18 @@ def moments(state):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sampling_in_pieces_draws_the_same_images(world, experience, dtype):
-    state, batch, _ = experience
-    drawn = [
-        jax.jit(functools.partial(steps.rollout, program))(
-            state.params, world.frozen, batch, jax.random.key(1)
+def test_sampling_in_pieces_draws_the_same_images(experiment, drawn, dtype):
+    state, inputs, *_ = drawn
+    both = [
+        jax.jit(functools.partial(rollout, program.drawing))(
+            state.params, inputs, jax.random.key(1)
         )
         for program in (
-            changed(world, batch={"rollout_images": images}, sampler={"storage_dtype": dtype})
+            changed(experiment, batch__rollout_images=images, sampler__storage_dtype=dtype)
             for images in (0, 2)
         )
     ]
-    for whole, pieces in zip(*map(jax.tree.leaves, drawn), strict=True):
+    for whole, pieces in zip(*map(jax.tree.leaves, both), strict=True):
         assert whole.shape == pieces.shape and whole.dtype == pieces.dtype
         # Sums in another order; in bfloat16 one of them may round to the neighbour.
         tolerance = 2e-5 if dtype == "float32" else 0.1
@@ -174,122 +171,90 @@ def test_sampling_in_pieces_draws_the_same_images(world, experience, dtype):
         )
 
 
-def test_decoding_in_pieces_does_not_change_the_scores(world, experience):
-    _, batch, rollout = experience
-    program = changed(world, batch={"decode_images": 1})
-    pieces = jax.jit(functools.partial(steps.score, program))(
-        world.frozen, batch, rollout.trajectory
-    )
-    np.testing.assert_allclose(pieces.rewards, rollout.rewards, atol=2e-5)
-    np.testing.assert_allclose(pieces.surprisal, rollout.surprisal, atol=1e-4)
+def test_decoding_in_pieces_does_not_change_the_scores(experiment, drawn):
+    _, inputs, found, metrics = drawn
+    program = changed(experiment, batch__decode_images=1)
+    score = functools.partial(scores.score, program.scorer, group_size=4)
+    pieces, piece_metrics = jax.jit(score)(inputs, found.trajectory)
+    np.testing.assert_allclose(pieces.rewards, found.rewards, atol=2e-5)
+    np.testing.assert_allclose(pieces.surprisal, found.surprisal, atol=1e-4)
     name = "diversity/variance_pixel"
-    np.testing.assert_allclose(pieces.metrics[name], rollout.metrics[name], rtol=1e-4)
+    np.testing.assert_allclose(piece_metrics[name], metrics[name], rtol=1e-4)
 
 
 def test_the_pixel_variance_is_that_of_the_images_as_saved():
     levels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 4, 3), np.uint8)
     expected = (levels.reshape(2, 5, -1) / 255.0).var(axis=1).sum(axis=-1).mean()
-    np.testing.assert_allclose(steps._pixel_variance(jnp.asarray(levels)), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores._pixel_variance(jnp.asarray(levels)), expected, rtol=1e-5)
 
 
-def test_the_groups_of_a_rollout_belong_to_their_prompts(world, experience):
+def test_the_groups_of_a_rollout_belong_to_their_prompts(experiment, drawn):
     """With no noise in the sampler, equal starts and equal prompts give equal images."""
-    state, _, _ = experience
-    batch = world.train.gather([3, 3])
-    program = changed(world, sampler={"noise_level": 0.0})
-    program = dataclasses.replace(
-        program,
+    drawing = experiment.program.drawing
+    policy = dataclasses.replace(
+        drawing.policy,
         guide=lambda *_: lambda _, x, sigma, c: x * 0 + c.pooled.mean(-1)[:, None, None, None],
+        sampler=FlowSampler(drawing.policy.sampler.sigmas),
     )
-    trajectory = steps.rollout(program, state.params, world.frozen, batch, jax.random.key(2))
-    moved = np.asarray(trajectory.x_0 - trajectory.x_t[0])
-    assert np.ptp(moved, axis=0).max() < 1e-5
-    two = steps.rollout(
-        program, state.params, world.frozen, world.train.gather([3, 4]), jax.random.key(2)
-    )
-    moved = np.asarray(two.x_0 - two.x_t[0])
-    size = world.config.batch.group_size
-    assert np.ptp(moved[:size], axis=0).max() < 1e-5
-    assert np.abs(moved[:size] - moved[size:]).min() > 1e-6
+    drawing = dataclasses.replace(drawing, policy=policy)
+
+    def moved(ids):
+        path = rollout(drawing, drawn[0].params, inputs_of(experiment, ids), jax.random.key(2))
+        return np.asarray(path.x_0 - path.x_t[0])
+
+    assert np.ptp(moved([3, 3]), axis=0).max() < 1e-5
+    two, size = moved([3, 4]), drawing.group_size
+    assert np.ptp(two[:size], axis=0).max() < 1e-5
+    assert np.abs(two[:size] - two[size:]).min() > 1e-6
 
 
-def test_pec_with_weight_zero_is_none_bit_for_bit(world, experience):
-    state, batch, rollout = experience
-    none, _ = run_update(changed(world, constraint={"name": "none"}), world, state, batch, rollout)
-    pec, _ = run_update(changed(world, constraint={"name": "pec"}), world, state, batch, rollout)
-    for a, b in zip(jax.tree.leaves(none), jax.tree.leaves(pec), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_pec_with_a_weight_changes_the_update(world, experience):
-    state, batch, rollout = experience
-    state = state.replace(constraint_weight=jnp.float32(0.5))
-    program = changed(world, constraint={"name": "pec"})
-    after, metrics = run_update(program, world, state, batch, rollout)
-    expected = 0.5 * float(jnp.mean(rollout.surprisal))
-    np.testing.assert_allclose(metrics["constraint/bonus_mean"], expected, rtol=1e-5)
-    none, _ = run_update(changed(world, constraint={"name": "none"}), world, state, batch, rollout)
-    assert not np.array_equal(jax.tree.leaves(after.params)[0], jax.tree.leaves(none.params)[0])
-
-
-def test_kl_is_zero_at_the_base_model_and_pulls_back_towards_it(world, experience):
-    state, batch, rollout = experience
-    program = changed(world, constraint={"name": "kl"})
-    still = rollout.replace(rewards=jnp.zeros_like(rollout.rewards))  # no advantage: KL alone
-
-    base = make_state(world).replace(constraint_weight=jnp.float32(1.0))
-    _, metrics = run_update(program, world, base, batch, still)
+def test_kl_is_zero_at_the_base_model_and_pulls_back_towards_it(experiment, drawn):
+    program = changed(experiment, constraints__kl__weight=1.0)
+    still = {"rewards": jnp.zeros_like(drawn[2].rewards)}  # no advantage: KL alone
+    _, metrics = run_update(program, drawn, make_state(experiment, program), **still)
     assert float(metrics["policy/kl"]) == 0.0
     assert float(metrics["policy/grad_norm"]) == 0.0
 
-    moved = state.replace(constraint_weight=jnp.float32(1.0))
-    after, before_metrics = run_update(program, world, moved, batch, still)
+    after, before_metrics = run_update(program, drawn, **still)
     assert float(before_metrics["policy/kl"]) > 1e-6
     assert float(before_metrics["policy/grad_norm"]) > 1e-6
-    _, after_metrics = run_update(program, world, after, batch, still)
+    _, after_metrics = run_update(program, drawn, after, **still)
     assert float(after_metrics["policy/kl"]) < float(before_metrics["policy/kl"])
 
 
-def test_the_policy_entropy_does_not_depend_on_what_is_learned(world, experience):
-    _, _, rollout = experience
-    sampler = world.config.sampler
-    stds = schedule_stds(world.program.sigmas, sampler.kernel, sampler.noise_level)
-    expected = float(jnp.mean(policy_entropy(stds[world.program.trained_steps])))
-    assert float(rollout.metrics["entropy/policy"]) == pytest.approx(expected, abs=1e-6)
-    assert float(rollout.metrics["entropy/policy_mc"]) == pytest.approx(expected, abs=0.1)
+def test_the_policy_entropy_does_not_depend_on_what_is_learned(experiment, drawn):
+    sampler, metrics = experiment.program.learner.policy.sampler, drawn[3]
+    expected = float(jnp.mean(policy_entropy(sampler.step_std())))
+    assert float(metrics["entropy/policy"]) == pytest.approx(expected, abs=1e-6)
+    assert float(metrics["entropy/policy_mc"]) == pytest.approx(expected, abs=0.1)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_reward_that_is_not_finite_changes_nothing_and_is_counted(world, experience, poison):
-    state, batch, rollout = experience
-    bad = rollout.replace(rewards=rollout.rewards.at[0, 1].set(poison))
-    after, metrics = run_update(world.program, world, state, batch, bad)
+def test_a_reward_that_is_not_finite_changes_nothing_and_is_counted(experiment, drawn, poison):
+    state, found = drawn[0], drawn[2]
+    bad = {"rewards": found.rewards.at[0, 1].set(poison)}
+    after, metrics = run_update(experiment.program, drawn, state, **bad)
     assert float(metrics["policy/skipped"]) == 1.0
     assert int(after.skipped) == 1
     for name in ("params", "ema", "opt_state"):
-        before, now = getattr(state, name), getattr(after, name)
-        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(now), strict=True):
-            np.testing.assert_array_equal(a, b)
-    good, metrics = run_update(world.program, world, after, batch, rollout)
+        assert_equal(getattr(state, name), getattr(after, name))
+    good, metrics = run_update(experiment.program, drawn, after)
     assert float(metrics["policy/skipped"]) == 0.0 and int(good.skipped) == 0
 
 
-def test_a_reward_of_ones_own_runs_inside_the_step(world):
+def test_a_reward_of_ones_own_runs_inside_the_step(experiment):
     """What rewards/base.py promises: one function, one name."""
-    from pec_jax.rewards import base
 
-    def score(params, images, inputs):
+    def score(variables, images, inputs):
         return jnp.mean(images[..., 0] - images[..., 2], axis=(-2, -1))
 
-    reward = base.CombinedReward(
-        {"warmth": Reward("warmth", lambda prompts: {}, score)}, {"warmth": 1.0}
-    )
-    program = dataclasses.replace(world.program, reward=reward, reward_encoder={"warmth": ""})
-    frozen = world.frozen.replace(rewards={**world.frozen.rewards, "warmth": {}})
-    batch = world.train.gather([0, 1])
+    reward = CombinedReward({"warmth": Reward("warmth", score)}, {"warmth": 1.0})
+    scorer = dataclasses.replace(experiment.program.scorer, reward=reward)
+    program = dataclasses.replace(experiment.program, scorer=scorer)
+    frozen, batch = inputs_of(experiment)
     batch = batch.replace(reward_inputs={**batch.reward_inputs, "warmth": {}})
-    _, metrics = jax.jit(functools.partial(steps.train_step, program))(
-        make_state(world), frozen, batch, jax.random.key(0)
+    _, metrics = jax.jit(functools.partial(train_step, program))(
+        make_state(experiment), frozen, batch, jax.random.key(0)
     )
     assert -1.0 < float(metrics["reward/warmth"]) < 1.0
 
@@ -297,12 +262,21 @@ def test_a_reward_of_ones_own_runs_inside_the_step(world):
 def test_full_fine_tuning_learns_every_weight():
     config = small_config_dict()
     config.trainable.mode = "full"
-    world = make_world(from_config_dict(config))
-    state = make_state(world)
-    step = jax.jit(functools.partial(steps.train_step, world.program))
-    after, metrics = step(state, world.frozen, world.train.gather([0, 1]), jax.random.key(0))
+    made = build.build(from_config_dict(config))
+    state = make_state(made)
+    step = jax.jit(functools.partial(train_step, made.program))
+    after, metrics = step(state, *inputs_of(made), jax.random.key(0))
     assert float(metrics["policy/ratio_max_deviation"]) == 0.0
     same = jax.tree.map(np.array_equal, state.params, after.params)
     still = [jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_leaves_with_path(same) if v]
     # The last block gives no text tokens out, so that nothing asks for their queries.
     assert still == ["['transformer_blocks.3:4']['attn']['add_q_proj']['bias']"]
+
+
+def test_the_first_state_is_a_copy(experiment):
+    learner = experiment.program.learner
+    state = initial_state(
+        experiment.params, learner.optimizer, learner.objective, learner.constraints
+    )
+    assert_equal(state.params, experiment.params)
+    assert all(a is not b for a, b in zip(*map(jax.tree.leaves, (state.params, state.ema))))

@@ -133,7 +133,7 @@ def test_hide_opens_the_given_share():
 
 def test_prompt_splits_are_what_the_package_ships():
     splits = shapes.prompt_splits()
-    directory = Path(pec_jax.__file__).parent / "assets" / "shapes" / "prompts"
+    directory = Path(pec_jax.__file__).parent / "shapes" / "assets" / "prompts"
     for name, prompts in splits.items():
         assert (directory / f"{name}.txt").read_text("utf-8").splitlines() == prompts
     assert len(splits["train_open"]) == len(splits["heldout_open"]) == 95

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pec_jax.rl.program import initial_state
 
-from pec_jax.training.checkpoint import Checkpointer, CheckpointError
+from pec_jax.config.registry import CONSTRAINTS, OBJECTIVES
+from pec_jax.rl.composition import Constraints
+from pec_jax.rl.train_step import initial_state
+from pec_jax.training.checkpoint import Checkpointer, CheckpointError, OtherModelError
+from tests.conftest import tree_hash
 
 
 def make_state(step: int):
@@ -20,7 +23,10 @@ def make_state(step: int):
         "blocks.0:2": {"to_out.0": {"a": jnp.full((2, 300, 7), step, jnp.float32)}},
         "half": jnp.full((5,), step, jnp.bfloat16),
     }
-    state = initial_state(params, optax.adamw(1e-3), 0.25)
+    objective = OBJECTIVES["nft"].make(OBJECTIVES["nft"].options())
+    kl = CONSTRAINTS["kl"].options(weight=0.25)
+    constraints = Constraints.from_config({"kl": kl}, set(objective.provides))
+    state = initial_state(params, optax.adamw(1e-3), objective, constraints)
     return state.replace(step=jnp.asarray(step, jnp.int32))
 
 
@@ -69,11 +75,13 @@ def test_the_newest_comes_back_bit_for_bit(saved):
 def test_a_truncated_newest_checkpoint_is_reported_and_passed_over(saved, caplog):
     for file in array_files(saved / "3"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with caplog.at_level(logging.WARNING):
-        assert_equal(restore(saved), make_state(2))
-    assert "Checkpoint 3 is damaged" in caplog.text
-    # The damaged one is gone, so that the resumed run can save step 3 again.
+    before = tree_hash(saved)
     checkpointer = Checkpointer(saved, keep=2)
+    with caplog.at_level(logging.WARNING):
+        assert_equal(checkpointer.restore(make_state(0)), make_state(2))
+    assert "Checkpoint 3 is damaged" in caplog.text
+    assert tree_hash(saved) == before
+    # Only a save makes room: the resumed run writes step 3 again.
     checkpointer.save(make_state(3))
     checkpointer.wait()
     checkpointer.close()
@@ -103,9 +111,42 @@ def test_if_all_are_damaged_the_run_stops_with_a_sentence(saved):
         restore(saved)
 
 
-def test_another_tree_is_not_restored(saved):
+def other_states():
+    """Name -> a state that the stored one does not fit, and what the message says of it."""
+    state = make_state(0)
+    wider = {**state.params, "blocks.0:2": {"to_out.0": {"a": jnp.zeros((2, 300, 8))}}}
+    return {
+        "shape": (wider, r"a \[2, 300, 7\] there, \[2, 300, 8\] now"),
+        "tree": ({"other": jnp.zeros(3)}, r"only stored: .*; not stored: ema/other"),
+    }
+
+
+@pytest.mark.parametrize("kind", other_states())
+def test_another_model_is_told_from_a_damaged_checkpoint(saved, kind, caplog):
+    params, words = other_states()[kind]
+    expected = initial_state(params, optax.adamw(1e-3), 0.25)
+    before = tree_hash(saved)
+    with pytest.raises(OtherModelError, match=words) as error:
+        Checkpointer(saved, keep=2).restore(expected)
+    assert "checkpoint 3 in" in str(error.value) and "needs a new run" in str(error.value)
+    assert "damaged" not in str(error.value) + caplog.text
+    assert tree_hash(saved) == before
+
+
+def test_a_checkpoint_that_was_not_finished_is_skipped_and_left_alone(saved):
+    """What a process leaves that is killed while it saves; the next save removes it."""
+    rest = saved / "4.orbax-checkpoint-tmp-1"
+    rest.mkdir()
+    (rest / "part").write_text("x")
     checkpointer = Checkpointer(saved, keep=2)
-    other = make_state(0).replace(params={"other": jnp.zeros(3)})
-    with pytest.raises(CheckpointError):
-        checkpointer.restore(other)
+    assert_equal(checkpointer.restore(make_state(0)), make_state(3))
+    assert rest.exists()
+    checkpointer.save(make_state(4))
     checkpointer.close()
+    assert not rest.exists()
+    assert_equal(restore(saved), make_state(4))
+
+
+def test_a_directory_that_is_not_there_is_not_made_by_reading(tmp_path):
+    assert restore(tmp_path / "checkpoints") is None
+    assert not (tmp_path / "checkpoints").exists()

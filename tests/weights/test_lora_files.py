@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from pec_jax.errors import FileError
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.models import lora
 from pec_jax.weights.lora_files import FILE_NAMES, read_lora, write_lora
-from pec_jax.weights.tensors import WeightsError, read_metadata
+from pec_jax.weights.tensors import read_metadata
 
 # Attention, feed-forward and modulation of scanned runs, and a layer outside of them.
 PATTERNS = (r"attn2?\.to_(q|k|v)$", r"\.ff\.net", r"norm1\.linear$", r"^proj_out$")
@@ -236,7 +237,7 @@ class TestReadWhatPeftTrained:
         wrapped.save_pretrained(tmp_path)
         self.compare(wrapped, ours, apply, tmp_path)
         (tmp_path / "adapter_config.json").unlink()
-        with pytest.raises(WeightsError, match=r"adapter_config\.json: no such file"):
+        with pytest.raises(FileError, match=r"adapter_config\.json: no such file"):
             read_lora(tmp_path, ours.transformer_variables["params"])
 
     def test_a_file_without_alpha_means_rank(self, tmp_path, ours, apply, model):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pec_jax.perception.encoder import Encoder, EncoderOptions, register
+from pec_jax.perception.definition import EncoderOptions, register
+from pec_jax.perception.encoder import Encoder
 from pec_jax.perception.networks import Networks
 
 NAMES = ("clip", "dino", "dinov2", "pickscore")

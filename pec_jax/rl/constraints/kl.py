@@ -38,6 +38,7 @@ register(
     Constraint(
         name="kl",
         label="KL",
+        label_alone="{objective} w/ KL",
         options=KlOptions,
         needs=lambda options: {"kl", "dt"} if options.form == "flow_grpo" else {"kl"},
         uses_space=False,

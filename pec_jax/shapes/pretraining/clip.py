@@ -169,7 +169,8 @@ def run(session: Session) -> dict[str, Any]:
         common.save(out / "text_encoder_2", {"params": params["text_2"]}, STEM),
     ]
     numbers = evaluate(module, whole, ids, keys[2])
-    text_2 = np.asarray(second.apply({"params": params["text_2"]}, jnp.asarray(ids_2)).text_embeds)
+    output_2: Any = second.apply({"params": params["text_2"]}, jnp.asarray(ids_2))
+    text_2 = np.asarray(output_2.text_embeds)
     images, attributes = common.draw_images(jax.random.fold_in(keys[2], 1), 1024)
     image = module.apply({"params": whole}, common.to_pixels(images), method="get_image_features")
     full = np.flatnonzero((shapes.all_attributes() >= 0).all(-1))

@@ -168,8 +168,13 @@ def knn_accuracy(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.
 def evaluate(params, key: Array) -> dict[str, float]:
     """Spread of the features and kNN accuracy of each attribute on new images."""
     images, attributes = common.draw_images(key, 3072)
-    apply = jax.jit(lambda p, x: model().apply({"params": p}, x)[:, 0])
-    features = np.asarray(apply(params, common.to_pixels(images)))
+
+    @jax.jit
+    def class_token(params, pixels):
+        tokens: Any = model().apply({"params": params}, pixels)
+        return tokens[:, 0]
+
+    features = np.asarray(class_token(params, common.to_pixels(images)))
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
     numbers = {"unit_feature_variance": float(unit.var(axis=0).sum())}
     values = np.linalg.eigvalsh(np.cov(unit.T))

@@ -98,7 +98,7 @@ def draw_pairs(key: Array, n: int) -> dict[str, Array]:
 
 
 def scores(module, params, ids: Array, images: Array) -> tuple[Array, Array, Array]:
-    """PickScore's scores exp(s) cos(f, g) of two images a caption.
+    """PickScore's scores exp(s) cos(f, g) of two images per caption.
 
     Args:
         module: the CLIPModel.

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.families.pipeline import Pipeline, load_pipeline
+from pec_jax.families.base import Pipeline
+from pec_jax.families.pipeline import load_pipeline
 from pec_jax.flow.sampler import FlowSampler
 from pec_jax.shapes import judge
 from pec_jax.shapes import scenes as shapes
@@ -48,6 +49,7 @@ class Painter:
     @classmethod
     def of(cls, directory: Path) -> Painter:
         pipeline = load_pipeline(directory)
+        assert pipeline.text is not None  # the embedded pipeline has its text encoders
         return cls(pipeline, jax.tree.map(jnp.asarray, pipeline.text.encode([""])))
 
     @functools.cached_property
@@ -58,6 +60,7 @@ class Painter:
 
     def __call__(self, prompts: list[str], key: jax.Array, steps: int, guidance: float):
         """Images [N, 32, 32, 3] in [0, 1] of N prompts, by the probability-flow ODE."""
+        assert self.pipeline.text is not None
         text = jax.tree.map(jnp.asarray, self.pipeline.text.encode(prompts))
         return _paint(self, self._variables, text, self.negative, key, steps, guidance)
 

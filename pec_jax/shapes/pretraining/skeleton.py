@@ -115,7 +115,7 @@ SCHEDULER = {
     "shift": 3.0,
     "use_dynamic_shifting": False,
 }
-VIT = {
+VIT: dict[str, Any] = {
     "architectures": ["ViTModel"],
     "model_type": "vit",
     "hidden_size": 64,

@@ -31,9 +31,9 @@ def model(directory) -> t5.T5Encoder:
 
 def caption_ids(directory) -> np.ndarray:
     """Token ids of every caption, [2430, 14], by `shapes.caption_index`."""
-    from transformers import T5TokenizerFast
+    from transformers import T5Tokenizer
 
-    tokenizer = T5TokenizerFast.from_pretrained(directory)
+    tokenizer = T5Tokenizer.from_pretrained(directory)
     return tokenizers.token_ids(tokenizer, shapes.all_captions())
 
 

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 MAX_LENGTH = 14  # 11 words of the longest caption, begin and end tokens, and one to spare
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -74,7 +75,7 @@ def write_clip_tokenizer(directory: Path, captions: Sequence[str], pad_token: st
     """
     from transformers import CLIPTokenizer
 
-    merges = train_merges(captions)
+    merges: Any = train_merges(captions)  # pairs, as the tokenizer wants them; declared as text
     symbols = byte_alphabet()
     symbols += [s + "</w>" for s in symbols]
     vocab: dict[str, int] = {}
@@ -122,14 +123,15 @@ def write_t5_tokenizer(directory: Path, captions: Sequence[str]) -> None:
 
     Source: Kudo 2018 (unigram language model); Raffel et al. 2020 (T5 special tokens).
     """
-    from sentencepiece import sentencepiece_model_pb2
+    import sentencepiece.sentencepiece_model_pb2
     from transformers import T5Tokenizer
 
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    messages: Any = sentencepiece.sentencepiece_model_pb2  # classes made when it is imported
+    kinds = messages.ModelProto.SentencePiece
     control = [("<pad>", kinds.CONTROL), ("</s>", kinds.CONTROL), ("<unk>", kinds.UNKNOWN)]
     vocab = [(piece, 0.0) for piece, _ in control] + unigram_pieces(captions)
-    model = sentencepiece_model_pb2.ModelProto()
-    model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.UNIGRAM
+    model = messages.ModelProto()
+    model.trainer_spec.model_type = messages.TrainerSpec.UNIGRAM
     model.trainer_spec.vocab_size = len(vocab)
     model.trainer_spec.pad_id, model.trainer_spec.eos_id = 0, 1
     model.trainer_spec.unk_id, model.trainer_spec.bos_id = 2, -1

@@ -7,6 +7,7 @@ Loss: |x - x^| + (x - x^)^2 + w KL(q(z|x) || N(0, I)), means over pixels and lat
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +66,9 @@ def reconstruct(params, key: jax.Array):
     images = common.draw_images(key, 128)[0]
     pixels = common.to_pixels(images)
     module, variables = model(), {"params": params}
-    mean, logvar = module.apply(variables, pixels, method="encode")
-    decoded = module.apply(variables, mean, method="decode")
+    posterior: Any = module.apply(variables, pixels, method="encode")
+    mean, logvar = posterior
+    decoded: Any = module.apply(variables, mean, method="decode")
     decoded = jnp.clip(0.5 * decoded + 0.5, 0.0, 1.0)
     square = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
     return square, jnp.mean(kl_divergence(mean, logvar)), mean

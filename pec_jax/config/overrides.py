@@ -1,0 +1,61 @@
+"""Checks `--config.a.b=v` against the fields of a config before they are applied."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from pec_jax.config.errors import ConfigError
+
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")
+
+
+def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Checks that every field that is overridden exists.
+
+    Args:
+        config: what the overrides are applied to.
+        argv: the command line, or any part of it.
+
+    Raises:
+        ConfigError: a field that does not exist, with the nearest and all valid ones.
+    """
+    for argument in argv:
+        match = _OVERRIDE.match(argument)
+        if match:
+            _check(config, match[1].split("."))
+
+
+def _check(config: ConfigDict, names: Sequence[str]) -> None:
+    section, where = config, "config"
+    for name in names:
+        if not isinstance(section, ConfigDict):
+            raise ConfigError(f"{where} is a value, not a section: it has no field {name!r}.")
+        if name not in section:
+            near = _nearest(name, where, section, config)
+            hint = f" Did you mean {near}?" if near else ""
+            valid = ", ".join(sorted(section))
+            raise ConfigError(f"{where} has no field {name!r}.{hint} Valid: {valid}.")
+        section, where = section[name], f"{where}.{name}"
+
+
+def _nearest(name: str, where: str, section: ConfigDict, config: ConfigDict) -> str | None:
+    """The field that was meant: misspelt, abbreviated (lr), or of another section."""
+    initials = {"".join(word[0] for word in f.split("_") if word): f for f in section}
+    if name in initials:
+        return f"{where}.{initials[name]}"
+    if near := difflib.get_close_matches(name, list(section), n=1):
+        return f"{where}.{near[0]}"
+    elsewhere = {path.rpartition(".")[2]: path for path in _paths(config, "config")}
+    near = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8)
+    return elsewhere[near[0]] if near else None
+
+
+def _paths(section: ConfigDict, where: str) -> Iterator[str]:
+    for name in section:
+        yield f"{where}.{name}"
+        if isinstance(section[name], ConfigDict):
+            yield from _paths(section[name], f"{where}.{name}")
