@@ -24,10 +24,11 @@ sys.path.insert(0, str(ROOT))  # for `tests`, `launch` and `benchmarks`
 
 # The packages of pure functions, whose annotations say shapes.
 CHECKED = [
-    "pec_jax.evaluation.metrics",
     "pec_jax.flow",
-    "pec_jax.perception",
-    "pec_jax.rewards",
+    "pec_jax.perception.entropy",
+    "pec_jax.perception.preprocessing",
+    "pec_jax.perception.spaces",
+    "pec_jax.rewards.clip",
     "pec_jax.rl",
     "pec_jax.shapes.judge",
 ]

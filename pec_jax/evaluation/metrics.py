@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 METRICS = ("euclidean", "cosine")
 
@@ -23,9 +22,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_pairwise_distance(
-    features: Float[np.ndarray, "*p k d"], metric: str = "euclidean"
-) -> Float[np.ndarray, "*p"]:
+def mean_pairwise_distance(features: np.ndarray, metric: str = "euclidean") -> np.ndarray:
     """Mean distance between two different images of a prompt.
 
     2 / (K (K - 1)) sum_{i < j} dist(f_i, f_j)
@@ -56,7 +53,7 @@ def mean_pairwise_distance(
     return distances[..., i, j].mean(axis=-1)
 
 
-def vendi_score(features: Float[np.ndarray, "*p k d"]) -> Float[np.ndarray, "*p"]:
+def vendi_score(features: np.ndarray) -> np.ndarray:
     """The effective number of different images: from 1 (all alike) to K (all orthogonal).
 
     exp(-sum_i l_i log l_i), l_i the eigenvalues of the cosine-similarity matrix divided by K.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from pec_jax.flow.transition import get_kernel, log_prob, ode, schedule_stds
@@ -242,7 +243,7 @@ def _score(x_next: Array, mean: Array, std: Array) -> Array:
     return jnp.where(has_noise.reshape(-1), logp, 0.0)
 
 
-def _per_image(sigma: Array, x: Array) -> Array:
+def _per_image(sigma: ArrayLike, x: Array) -> Array:
     """A scalar as it is; [N] as [N, 1, ...], so that it broadcasts with x."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - 1)) if sigma.ndim else sigma

@@ -52,7 +52,7 @@ def _straight_through(value: Array, x: Array) -> Array:
     return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
 
 
-def to_uint8_levels(images: Float[Array, "*n h w c"]) -> Float[Array, "*n h w c"]:
+def to_uint8_levels(images: Float[Array | np.ndarray, "*n"]) -> Float[Array, "*n"]:
     """Rounds images to the values that a saved PNG would hold, round(255 x) / 255.
 
     Args:
@@ -92,8 +92,8 @@ def _resample(levels: Array, size: int, axis: int, resample: int) -> Array:
 
 
 def resize(
-    images: Float[Array, "n h w c"], height: int, width: int, resample: int
-) -> Float[Array, "n height width c"]:
+    images: Float[Array | np.ndarray, "n h w c"], height: int, width: int, resample: int
+) -> Float[Array | np.ndarray, "n out_h out_w c"]:
     """Resizes as Pillow does 8-bit images: columns, then rows, 8 bits after each pass.
 
     Args:
@@ -182,7 +182,9 @@ class Preprocessor:
             return (self.shortest_edge, other) if height <= width else (other, self.shortest_edge)
         return self.size or (height, width)
 
-    def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n out_h out_w 3"]:
+    def __call__(
+        self, images: Float[Array | np.ndarray, "n h w c"]
+    ) -> Float[Array, "n out_h out_w c"]:
         """Prepares images for an encoder.
 
         Args:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pec_jax.config import ConfigError, unknown
@@ -43,7 +44,7 @@ def shares(config: PerceptionConfig) -> dict[str, float]:
 
 
 def estimators(
-    config: PerceptionConfig, step_std: Float[Array, " s"]
+    config: PerceptionConfig, step_std: Float[Array | np.ndarray, " s"]
 ) -> dict[str, Callable[[Array], Array]]:
     """Every estimator with the config's options: raw features [..., K, d] -> [..., K].
 
@@ -65,7 +66,7 @@ def estimators(
 
 
 def surprisal_function(
-    config: PerceptionConfig, step_std: Float[Array, " s"]
+    config: PerceptionConfig, step_std: Float[Array | np.ndarray, " s"]
 ) -> Callable[[Mapping[str, Array]], Array]:
     """The configured estimator: raw features {encoder: [..., K, d]} -> surprisals [..., K].
 

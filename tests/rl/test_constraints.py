@@ -46,6 +46,7 @@ def method(name, **options):
 
 
 NONE = Constraints(()), {}
+KEY = jax.random.key(0)
 
 
 def signals(**changes):
@@ -155,8 +156,9 @@ def test_clip_cov_picks_a_share_of_the_band():
     options = ClipCovOptions(space="latent", band=(0.5, 0.9), share=0.5)
     many = {
         name: jnp.asarray(RNG.normal(size=(50, 8, 16)), jnp.float32)
-        for name in ("advantages", "logp")
+        for name in ("advantages", "logp", "surprisal")
     }
+    many["rewards"] = many["surprisal"][0]
     picked = pick_from_band(options, signals(**many), jax.random.key(0))
     values = covariances(signals(**many), "latent")
     low, high = np.quantile(values, [0.5, 0.9])
@@ -177,12 +179,12 @@ def test_clip_cov_drops_the_loss_of_the_selected():
 
 
 def test_kl_cov_picks_the_top():
-    picked = np.asarray(pick_top(KlCovOptions(share=0.2), signals(), None))
+    picked = np.asarray(pick_top(KlCovOptions(share=0.2), signals(), KEY))
     values = np.asarray(covariances(signals(), "perceptual"))
     assert picked.sum() == 12
     assert values[picked].min() > values[~picked].max()
-    assert not pick_top(KlCovOptions(share=0.0), signals(), None).any()
-    assert not pick_top(KlCovOptions(share=0.2), signals(advantages=jnp.zeros(SHAPE)), None).any()
+    assert not pick_top(KlCovOptions(share=0.0), signals(), KEY).any()
+    assert not pick_top(KlCovOptions(share=0.2), signals(advantages=jnp.zeros(SHAPE)), KEY).any()
 
 
 def test_kl_cov_penalises_the_selected_and_clips_nothing():

@@ -179,7 +179,7 @@ def test_the_weight_makes_the_gradients_scale_the_same_at_every_step():
 
 def test_step_weights_golden():
     np.testing.assert_allclose(
-        step_weight([1.0, 0.9, 0.1], [0.9, 0.5, 0.0]), [10, 2.5, 10], rtol=1e-6
+        step_weight(np.array([1.0, 0.9, 0.1]), np.array([0.9, 0.5, 0.0])), [10, 2.5, 10], rtol=1e-6
     )
 
 

@@ -19,7 +19,8 @@ def _case(shape, seed=0, drift=0.2):
     x_0, noise, v_old, change, v_ref = (rng.normal(size=shape).astype(np.float32) for _ in range(5))
     sigma = rng.uniform(0.05, 1.0, size=shape[0]).astype(np.float32)
     advantages = (3 * rng.normal(size=shape[0])).astype(np.float32)
-    return x_0, noise, sigma, v_old + np.float32(drift) * change, v_old, v_ref, advantages
+    case = x_0, noise, sigma, v_old + np.float32(drift) * change, v_old, v_ref, advantages
+    return tuple(map(jnp.asarray, case))
 
 
 def _loss(velocity, case, beta, kl_weight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pec_jax.rl.constraint import (
     Constraint,
@@ -25,8 +26,8 @@ class PecOptions:
     space: str = space_field()
 
 
-def weighted_surprisal(options: PecOptions, state: State, signals: Signals) -> PerSample:
-    """lambda w h, so that R~ = R + lambda w h.
+def weighted_surprisal(options: Any, state: State, signals: Signals) -> PerSample:
+    """lambda w h, so that R~ = R + lambda w h; of any options with a unit and a space.
 
     Source: arXiv 2605.12112, the PEC reward.
     """
