@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +82,7 @@ def surprisal_function(
         )
     estimate = known[config.estimator]
 
-    def surprisal(features: Mapping[str, Array]) -> Array:
+    def surprisal(features: Mapping[str, Any]) -> Array:
         parts = [share * estimate(features[name]) for name, share in spaces.items()]
         return functools.reduce(jnp.add, parts)
 

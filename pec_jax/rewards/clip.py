@@ -48,7 +48,7 @@ def cosine_reward(name: str, encoder: Encoder, scale=lambda variables, cosine: c
         scale: (variables, cosines [P, K]) -> [P, K].
     """
 
-    def score(variables: PyTree, images: Array, text: Array) -> Array:
+    def score(variables: PyTree, images: Array, text: PyTree) -> Array:
         return scale(variables, pair_cosine(encoder, variables, images, text))
 
     return Reward(
@@ -108,7 +108,7 @@ def pair_cosine(
     encoder: Encoder,
     variables: PyTree,
     images: Float[Array, "p k h w 3"],
-    text: Float[Array, "p d"],
+    text: Float[Array | np.ndarray, "p d"],
 ) -> Float[Array, "p k"]:
     """Cosine of each image with its own prompt, never with another's.
 
