@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pec_jax.config.schema import from_config_dict
-from pec_jax.training.build import make_world
+from pec_jax.training.build import build
 from tests.conftest import ROOT
 
 SHAPES = "--config=configs/shapes_pec.py"
@@ -62,7 +62,7 @@ def test_a_name_that_does_not_exist_is_answered_with_those_that_do(
         target = target[section]
     target[field] = value
     with pytest.raises(ValueError) as error:
-        make_world(from_config_dict(values))
+        build(from_config_dict(values))
     for word in words:
         assert word in str(error.value)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pec_jax.config.schema import from_config_dict
 from pec_jax.distributed import mesh as sharding

@@ -23,6 +23,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from pec_jax.errors import FileError
 from pec_jax.perception.encoder import unit
 from pec_jax.perception.hugging_face import load_encoder
 from pec_jax.shapes.pretraining import tokenizers
@@ -198,5 +199,5 @@ def test_bad_directory_is_named(vit_directory, tmp_path, file, key, value, error
 
 
 def test_missing_directory_is_named(tmp_path):
-    with pytest.raises(WeightsError, match="nowhere"):
+    with pytest.raises(FileError, match="nowhere"):
         load_encoder(tmp_path / "nowhere")

@@ -14,6 +14,7 @@ import pytest
 
 from pec_jax.config import from_config_dict
 from pec_jax.distributed import mesh as sharding
+from pec_jax.errors import FileError
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.models import layers
 from pec_jax.perception.encoder import Encoder
@@ -22,7 +23,7 @@ from pec_jax.rewards import pickscore
 from pec_jax.rewards.base import ModelRewardOptions
 from pec_jax.rl.score import Space
 from pec_jax.types import Frozen
-from pec_jax.weights.tensors import WeightsError, write_tensors
+from pec_jax.weights.tensors import write_tensors
 from tests.conftest import on_eight_devices, small_config_dict
 
 OWN = SHAPES_DIRECTORY / "encoders"
@@ -61,7 +62,7 @@ def test_a_model_is_the_pipelines_own_or_another(networks, tmp_path):
     own, other = networks.encoder("dino", ""), networks.encoder("dino", str(tmp_path / "other"))
     assert list(networks.variables) == [own.network, other.network]
     assert (own.network, other.network) == (str(OWN / "dino"), str(tmp_path / "other"))
-    with pytest.raises(WeightsError, match="nothing"):
+    with pytest.raises(FileError, match="nothing"):
         networks.encoder("nothing", "")
 
 
