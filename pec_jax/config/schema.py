@@ -173,7 +173,7 @@ def _sections(registry: Registry, help: str) -> Any:
     return dataclasses.field(metadata={"help": help, "registry": registry})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 

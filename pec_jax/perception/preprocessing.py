@@ -196,7 +196,7 @@ class Preprocessor:
         Raises:
             ValueError: the crop is larger than the resized image.
         """
-        x = resize(images, *self._resized(*images.shape[1:3]), self.resample)
+        x = jnp.asarray(resize(images, *self._resized(*images.shape[1:3]), self.resample))
         if self.crop is not None:
             (height, width), (crop_height, crop_width) = x.shape[1:3], self.crop
             if crop_height > height or crop_width > width:
