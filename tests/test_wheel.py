@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import zipfile
 
 import pytest
 
+from pec_jax.rewards import base
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.wheel
@@ -106,16 +108,18 @@ def test_shipped_configs_are_found_and_listed(run):
 
 
 def test_a_run_from_an_empty_directory(run, tmp_path):
-    (tmp_path / "warmth.py").write_text("print('the plugin ran')\n")
-    flags = ("--config=shapes_pec", "--workdir=run", "--plugin=warmth.py", *TINY)
-    code, out, error = run("python", "-m", "pec_jax.main", *flags)
+    # The reward that `rewards.base` shows, with its own option.
+    (tmp_path / "warmth.py").write_text(re.search(r"```python\n(.*?)```", base.__doc__, re.S)[1])
+    options = ("--config.rewards.warmth.weight=0.5", "--config.rewards.warmth.gain=2")
+    flags = ("--workdir=run", "--plugin=warmth.py", *options, *TINY)
+    code, _, error = run("python", "-m", "pec_jax.main", "--config=shapes_pec", *flags)
     assert code == 0, error
-    assert out.startswith("the plugin ran\n")
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert -2 < json.loads(line)["reward/warmth"] < 2
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["quality/pickscore"] > 0
     # The same again with a config of one's own, which builds on a shipped one, finds it finished.
     (tmp_path / "own.py").write_text(
         "from configs import shapes_pec\n\nget_config = shapes_pec.get_config\n"
     )
-    code, _, error = run("pec-jax", "main", "--config=own.py", "--workdir=run", *TINY)
+    code, _, error = run("pec-jax", "main", "--config=own.py", *flags)
     assert code == 0, error
