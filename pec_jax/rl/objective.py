@@ -15,6 +15,7 @@ called in this order:
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +66,7 @@ class Micro:
     first: Bool[Array, ""]
 
 
-class Objective:
+class Objective(abc.ABC):
     """The base class; a method that is not overridden does nothing.
 
     Attributes:
@@ -82,7 +83,7 @@ class Objective:
     def __init__(self, options: Any):
         self.options = options
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy) -> None:  # noqa: B027  # a hook that may stay as it is
         """Raises ConfigError for a policy that this objective cannot train."""
 
     def initial_state(self, params: PyTree) -> dict[str, PyTree]:
@@ -93,9 +94,9 @@ class Objective:
         """The parameters that draw the images."""
         return state.params
 
+    @abc.abstractmethod
     def samples(self, policy: Policy, rollout: Rollout, key: Array) -> Samples:
         """What of the rollout the loss looks at."""
-        raise NotImplementedError
 
     def prepare(self, actor: Actor, params: PyTree, micro: Micro) -> PyTree:
         """What later updates must know of the policy before the first one, [P, k, ...] each.
@@ -105,6 +106,7 @@ class Objective:
         """
         return ()
 
+    @abc.abstractmethod
     def evaluate(
         self, actor: Actor, params: PyTree, micro: Micro, state: dict[str, PyTree], needs: set[str]
     ) -> tuple[dict[str, Any], PyTree, dict[str, Array]]:
@@ -120,8 +122,8 @@ class Objective:
         Returns:
             Fields of `Signals`, whatever `losses` needs, and metrics.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def losses(
         self, view: PyTree, signals: Signals, bounds: Callable[[float, float], tuple[float, float]]
     ) -> tuple[PerSample, dict[str, Float[Array, ""]]]:
@@ -132,7 +134,6 @@ class Objective:
             signals: with the advantages.
             bounds: clip bounds as constraints move them.
         """
-        raise NotImplementedError
 
     def next_state(
         self, state: dict[str, PyTree], params: PyTree, updates: Array
