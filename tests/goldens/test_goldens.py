@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import pytest
 
 from pec_jax.families.tiny import write_pipeline
 from pec_jax.training import trainer
+from tests.conftest import ROOT
 
 GOLDENS = json.loads(Path(__file__).with_name("goldens.json").read_text())
 EVAL = {
@@ -95,17 +99,11 @@ ELSEWHERE = {"rtol": 2e-3, "atol": 1e-5}
 def same_machine() -> bool:
     """Whether XLA compiles here as it did where the goldens were recorded."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or jaxlib.__version__ != GOLDENS["jaxlib"]:
+    versions = jaxlib.__version__, os.cpu_count()
+    if not cpuinfo.exists() or versions != (GOLDENS["jaxlib"], GOLDENS["cpus"]):
         return False
     flags = next((x + "\n" for x in cpuinfo.read_text().splitlines() if x.startswith("flags")), "")
     return hashlib.sha256(flags.encode()).hexdigest()[:16] == GOLDENS["cpu"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """family -> a small random pipeline."""
-    directory = tmp_path_factory.mktemp("models")
-    return {f: str(write_pipeline(directory / f, f)) for f in ("sd3", "flux")}
 
 
 def config_of(name, tiny):
@@ -122,11 +120,43 @@ def config_of(name, tiny):
     return config
 
 
-@pytest.mark.parametrize("name", sorted(RUNS))
-def test_training_is_what_it_was(name, tiny, tmp_path):
-    trainer.train(config_of(name, tiny), tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "reward/mean" in line]
+# All of them with ALL_GOLDENS=1; these cover both families and the configs that are shipped.
+CHOSEN = ("shapes_grpo", "shapes_pec", "shapes_grpo_kl", "sd3_none", "flux_none", "sd3_pec_target")
+NAMES = sorted(RUNS) if os.environ.get("ALL_GOLDENS") else sorted(CHOSEN)
+
+
+def train_all(directory):
+    """The runs, each in a directory of its name; called in a process of its own, see `trained`."""
+    models = {f: str(write_pipeline(Path(directory, f), f)) for f in ("sd3", "flux")}
+    for name in NAMES:
+        trainer.train(config_of(name, models), Path(directory, name))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of the finished runs.
+
+    Sums depend on how many threads share them: the runs have all cores, as those recorded, and not
+    the share of a worker of pytest-xdist.
+    """
+    directory = tmp_path_factory.mktemp("goldens")
+    code = f"import tests.goldens.test_goldens as goldens; goldens.train_all({str(directory)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count())),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_what_it_was(name, trained):
+    lines = (trained / name / "metrics.jsonl").read_text().splitlines()
+    found = [line for line in map(json.loads, lines) if "reward/mean" in line]
     recorded = GOLDENS["runs"][name]
     exact = same_machine()
     for before, now in zip(recorded["steps"], found, strict=True):
@@ -138,6 +168,6 @@ def test_training_is_what_it_was(name, tiny, tmp_path):
             elif before["step"] == 1:
                 np.testing.assert_allclose(now[metric], value, **ELSEWHERE, err_msg=metric)
     if exact and name not in CHANGED:
-        sums = json.loads(next((tmp_path / "checkpoints").glob("3/checksums/*")).read_text())
+        sums = json.loads(next((trained / name / "checkpoints").glob("3/checksums/*")).read_text())
         kept = {k: v for k, v in sums.items() if k.startswith((".params", ".ema"))}
         assert zlib.crc32(json.dumps(kept, sort_keys=True).encode()) == recorded["parameters"]
