@@ -21,7 +21,7 @@ from pec_jax.errors import RunError, quiet_libraries, report
 flags.disclaim_key_flags()
 
 # How absl says that a required flag is not there.
-_MISSING = re.compile(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.")
+_MISSING = re.compile(r"Flag --(\w+) must have a value other than None\.")
 
 
 class _ConfigParser(flags.ArgumentParser):
@@ -120,8 +120,9 @@ def parse(argv: list[str]) -> list[str]:
         # ml_collections reports a mistyped override by any of these
         if any(re.fullmatch(r"--?(v|verbosity)=[1-9]", argument) for argument in argv):
             raise
-        missing = _MISSING.fullmatch(str(error))
-        sentence = f"--{missing[1]} is missing; see --help." if missing else str(error)
+        missing = [f"--{name}" for name in _MISSING.findall(str(error))]
+        are = "is" if len(missing) == 1 else "are"
+        sentence = f"{', '.join(missing)} {are} missing; see --help." if missing else str(error)
         sys.exit(report(re.sub(r"^flag (?=--)", "", sentence)))
 
 

@@ -30,10 +30,10 @@ def run(module, *flags, cwd=ROOT):
 
 def test_a_name_that_only_the_package_knows_is_answered(tmp_path):
     code, output = run(
-        "pec_jax.main", SHAPES, f"--workdir={tmp_path}", "--config.constraint.name=pecc"
+        "pec_jax.main", SHAPES, f"--workdir={tmp_path}", "--config.constraints.pecc.weight=1"
     )
     assert code == 2 and "Traceback" not in output
-    for word in ("'pecc'", "Did you mean 'pec'", "kl", "none"):
+    for word in ("'pecc'", "Did you mean config.constraints.pec", "kl", "pcvae"):
         assert word in output
 
 

@@ -86,7 +86,7 @@ def runs(bucket):
         "--config.prompts.train=gs://bucket/prompts.txt",
         "--config.prompts.heldout=gs://bucket/prompts.txt",
         "--config.prompts.embeddings=gs://bucket/embeddings",
-        "--config.encoders.dino=gs://bucket/encoders/dino",
+        "--config.encoders.dino.model=gs://bucket/encoders/dino",
     ]
     alone, hurt = root / "alone", bucket / "runs" / "pec"
     finish(start(root, "main", *flags, f"--workdir={alone}"))

@@ -23,11 +23,15 @@ def make_state(step: int):
         "blocks.0:2": {"to_out.0": {"a": jnp.full((2, 300, 7), step, jnp.float32)}},
         "half": jnp.full((5,), step, jnp.bfloat16),
     }
+    return state_of(params).replace(step=jnp.asarray(step, jnp.int32))
+
+
+def state_of(params):
+    """A first state, with an old policy and a constraint's weight."""
     objective = OBJECTIVES["nft"].make(OBJECTIVES["nft"].options())
     kl = CONSTRAINTS["kl"].options(weight=0.25)
     constraints = Constraints.from_config({"kl": kl}, set(objective.provides))
-    state = initial_state(params, optax.adamw(1e-3), objective, constraints)
-    return state.replace(step=jnp.asarray(step, jnp.int32))
+    return initial_state(params, optax.adamw(1e-3), objective, constraints)
 
 
 def assert_equal(a, b):
@@ -124,7 +128,7 @@ def other_states():
 @pytest.mark.parametrize("kind", other_states())
 def test_another_model_is_told_from_a_damaged_checkpoint(saved, kind, caplog):
     params, words = other_states()[kind]
-    expected = initial_state(params, optax.adamw(1e-3), 0.25)
+    expected = state_of(params)
     before = tree_hash(saved)
     with pytest.raises(OtherModelError, match=words) as error:
         Checkpointer(saved, keep=2).restore(expected)
