@@ -217,7 +217,7 @@ def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
     scorer = Scorer(
         decode=pipeline.decode,
         reward=judges.rewards.trained(),
-        spaces={name: space for name, space in judges.spaces.items() if space.share},
+        spaces={name: judges.spaces[name] for name in shares(config.perception)},
         surprisal=surprisal_function(config.perception, policy.sampler.step_std()),
         images=batch.decode_images,
         at_steps=at_steps,
