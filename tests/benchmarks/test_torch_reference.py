@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_the_same_noise_gives_the_same_trajectory_and_scores(setup, ours, theirs
     keys = sampler.image_keys(jax.random.fold_in(setup.key, 1), 8)
 
     def noise(step, images):
-        return nchw(sampler._step_noise(keys[images.numpy()], step, (len(images), 8, 8, 4)))
+        shape = (len(images), 8, 8, 4)
+        return nchw(sampler._step_noise(keys[images.numpy()], jnp.int32(step), shape))
 
     found = theirs.rollout(nchw(rollout.trajectory.x_t[0]), noise)
     close(found.x_next, nchw(rollout.trajectory.x_next), 1e-4)
