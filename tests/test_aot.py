@@ -6,21 +6,23 @@ import jax
 import pytest
 
 from pec_jax.config import ConfigError, from_config_dict
-from pec_jax.profiling import aot as ahead
+from pec_jax.profiling import aot
 from pec_jax.profiling.chips import CHIPS
 
 
-def test_the_step_compiles_from_shapes_and_says_what_it_costs(small_config, world):
+def test_the_step_compiles_from_shapes_and_says_what_it_costs(small_config, experiment):
     config = from_config_dict(small_config)
-    step = ahead.compile_step(config, jax.devices()[:1])
-    arguments, real = step.arguments, world.tables["train"].gather([0, 1])
+    step = aot.compile_step(config, jax.devices()[:1])
+    arguments, real = step.arguments, experiment.tables["train"].gather([0, 1])
     assert arguments.batch.conditioning.tokens.shape == real.conditioning.tokens.shape
     assert jax.tree.map(lambda a: a.shape, arguments.frozen.transformer) == jax.tree.map(
-        lambda a: a.shape, world.frozen.transformer
+        lambda a: a.shape, experiment.frozen.transformer
     )
-    found = ahead.analyse(step, CHIPS["v5e"], 1)
+    found = aot.analyse(step, CHIPS["v5e"], 1)
     assert step.seconds > 0 and found["fits"] and found["collectives"] == {}
-    assert found["parameters"]["trainable"] == sum(a.size for a in jax.tree.leaves(world.params))
+    assert found["parameters"]["trainable"] == sum(
+        a.size for a in jax.tree.leaves(experiment.params)
+    )
     sizes = found["bytes_per_chip"]
     assert sizes["peak"] >= sizes["arguments"] > 4 * found["parameters"]["total"]
     assert found["flops"]["analytic"] > 1e9
@@ -30,15 +32,15 @@ def test_the_step_compiles_from_shapes_and_says_what_it_costs(small_config, worl
 def test_chips_that_the_groups_leave_out_are_an_answer(small_config):
     small_config.mesh.update({"data": 1, "fsdp": 1})
     with pytest.raises(ConfigError, match=r"1 of 2 chips.*config.batch.groups"):
-        ahead.compile_step(from_config_dict(small_config), [*jax.devices()[:1]] * 2)
+        aot.compile_step(from_config_dict(small_config), [*jax.devices()[:1]] * 2)
 
 
 def test_an_unknown_model_is_answered_with_the_known_ones(small_config):
     small_config.model.path = "models/nothing"
     with pytest.raises(ConfigError, match=r"models/nothing: neither .* sd3.5-medium"):
-        ahead.compile_step(from_config_dict(small_config), jax.devices()[:1])
+        aot.compile_step(from_config_dict(small_config), jax.devices()[:1])
 
 
 def test_an_unknown_chip_is_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"'v5' ?.*v5e, v5p"):
-        ahead.topology_devices("v5:4x4")
+        aot.topology_devices("v5:4x4")

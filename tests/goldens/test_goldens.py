@@ -140,10 +140,13 @@ def trained(tmp_path_factory):
     the share of a worker of pytest-xdist.
     """
     directory = tmp_path_factory.mktemp("goldens")
+    # Without xdist's variables: `tests.conftest` would take a worker's share again.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     code = f"import tests.goldens.test_goldens as goldens; goldens.train_all({str(directory)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
+        env=env,
         capture_output=True,
         text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count())),
