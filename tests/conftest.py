@@ -48,6 +48,20 @@ def _check_annotations():
 
 _check_annotations()  # before pec_jax is imported
 
+# With EXHAUSTIVE=1 nothing is left out for the sake of time: every recording, mesh and number of
+# processes.
+EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
+
+# Of the slow ones those that take minutes a file: they start first, or one of them would run on
+# alone at the end.
+LONGEST = (
+    "tests/distributed/",
+    "tests/test_notebooks.py",
+    "tests/goldens/",
+    "tests/training/",
+    "tests/rl/",
+)
+
 # Directories, files or tests that take long: whole runs, fresh processes, large compilations.
 SLOW = (
     "tests/benchmarks/",
@@ -81,12 +95,14 @@ def _has_oracle(path: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Marks `slow` what the table names, and `parity` the files that import an oracle in torch."""
+    """Marks `parity` the files that import an oracle in torch, `slow` these and what SLOW names."""
     for item in items:
-        if item.nodeid.startswith(SLOW):
-            item.add_marker(pytest.mark.slow)
-        if _has_oracle(item.path):
+        parity = _has_oracle(item.path)
+        if parity:
             item.add_marker(pytest.mark.parity)
+        if parity or item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def _take_a_share_of_the_cores():

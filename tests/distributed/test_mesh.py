@@ -16,12 +16,15 @@ from jax.sharding import PartitionSpec
 from pec_jax.config import ConfigError
 from pec_jax.config.schema import MeshConfig, from_config_dict
 from pec_jax.distributed import mesh as sharding
+from tests.conftest import EXHAUSTIVE
 
 RULES = [("batch", ("data", "fsdp")), ("embed", ("fsdp",)), ("mlp", ("tensor",))]
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
 POWERS = (8, 4, 2, 1)
-SHAPES = [(1, 1, 1)]  # and every shape of 8 devices
-SHAPES += [(d, f, 8 // (d * f)) for d in POWERS for f in POWERS if d * f <= 8]
+# One device; each axis alone, and all three. With EXHAUSTIVE=1 every shape of 8 devices.
+SHAPES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+if EXHAUSTIVE:
+    SHAPES[1:] = [(d, f, 8 // (d * f)) for d in POWERS for f in POWERS if d * f <= 8]
 RANK = 4  # of the LoRA in mesh_program.py
 
 

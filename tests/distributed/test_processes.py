@@ -20,6 +20,7 @@ from pec_jax.config.registry import REWARDS
 from pec_jax.distributed import processes as hosts
 from pec_jax.errors import RunError
 from pec_jax.inference import export as exporting
+from tests.conftest import EXHAUSTIVE
 
 ROOT = Path(__file__).parents[2]
 MAIN = ("-m", "pec_jax.main")
@@ -134,7 +135,7 @@ def assert_same_run(workdir: Path, expected: Path) -> None:
             assert ours[name] == pytest.approx(value, rel=1e-3), name  # 8-bit levels may flip
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4] if EXHAUSTIVE else [2])
 def test_several_processes_compute_what_one_does(tmp_path, alone, count):
     workdir = tmp_path / "run"
     finish(workdir, start(workdir, count))

@@ -21,7 +21,7 @@ import pytest
 
 from pec_jax.families.tiny import write_pipeline
 from pec_jax.training import trainer
-from tests.conftest import ROOT
+from tests.conftest import EXHAUSTIVE, ROOT
 
 GOLDENS = json.loads(Path(__file__).with_name("goldens.json").read_text())
 EVAL = {
@@ -120,9 +120,9 @@ def config_of(name, tiny):
     return config
 
 
-# All of them with ALL_GOLDENS=1; these cover both families and the configs that are shipped.
+# All of them with EXHAUSTIVE=1; these cover both families and the configs that are shipped.
 CHOSEN = ("shapes_grpo", "shapes_pec", "shapes_grpo_kl", "sd3_none", "flux_none", "sd3_pec_target")
-NAMES = sorted(RUNS) if os.environ.get("ALL_GOLDENS") else sorted(CHOSEN)
+NAMES = sorted(RUNS if EXHAUSTIVE else CHOSEN)
 
 
 def train_all(directory):
