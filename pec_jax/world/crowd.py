@@ -2,12 +2,12 @@
 
 A rater's utility of a picture for a caption is
 
-    u = finish * FINISH + (share of named attributes right) * FAITHFULNESS + harmony * HARMONY + taste.
+    u = FINISH finish + FAITHFULNESS (share of named attributes right) + HARMONY harmony + taste.
 
-Most of it is what nearly everybody wants: well made, and what was asked for. Harmony is a look that many
-scenes have: warm colours before a cool background, or cool ones before a warm one, all equally
-good. Tastes are slight, and a rater's own: a common leaning, and a part that differs. All weights vary between
-raters. A crowd is a sample of raters; another sample has another mean.
+Most of it is what nearly everybody wants: well made, and what was asked for. Harmony is a look that
+many scenes have: warm colours before a cool background, or cool ones before a warm one, all equally
+good. Tastes are slight, and a rater's own: a common leaning, and a part that differs. All weights
+vary between raters. A crowd is a sample of raters; another sample has another mean.
 
 The choice between two: P(first) = sigmoid(DECISIVENESS (u_1 - u_2)), Bradley & Terry 1952.
 """
@@ -51,9 +51,9 @@ _LIGHT_BACKGROUNDS = (1.0, 1.0, 1.0, 0.0)
 class Crowd:
     """Weights of R raters."""
 
-    finish: Float[Array, " r"]
-    faithfulness: Float[Array, " r"]
-    harmony: Float[Array, " r"]
+    finish: Array  # [R]
+    faithfulness: Array  # [R]
+    harmony: Array  # [R]
     taste: tuple[Array, ...]  # for each attribute [R, values]
 
 
@@ -88,9 +88,7 @@ def harmony(attributes: Int[Array, "n 6"]) -> Float[Array, " n"]:
     return (warm_color != warm_background).astype(jnp.float32)
 
 
-def share_right(
-    named: Int[Array, "n 6"], attributes: Int[Array, "n 6"]
-) -> Float[Array, " n"]:
+def share_right(named: Int[Array, "n 6"], attributes: Int[Array, "n 6"]) -> Float[Array, " n"]:
     """Share of what a caption names that a picture shows; 1 where it names nothing."""
     mentioned = named >= 0
     right = jnp.sum(mentioned & (named == attributes), axis=-1)

@@ -1,9 +1,9 @@
 """Finish: how well a picture is made, whatever it shows. No caption names it.
 
-Five defects, each in [0, 1] where 0 is the best: out of focus, grainy, flat (little contrast), badly
-exposed, crooked (the camera was not level). They are drawn per picture and go together, as a careless
-photographer's do, and most pictures are mediocre, as on the web: a common level z ~ Beta(3, 2),
-and each defect clip(z + N(0, 0.2^2)).
+Five defects, each in [0, 1] where 0 is the best: out of focus, grainy, flat (little contrast),
+badly exposed, crooked (the camera was not level). They are drawn per picture and go together, as a
+careless photographer's do, and most pictures are mediocre, as on the web: a common level z ~
+Beta(3, 2), and each defect clip(z + N(0, 0.2^2)).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ WORST_TILT = math.radians(9.0)  # of either sign
 class Finish:
     """What was done to N pictures."""
 
-    blur: Float[Array, " n"]  # px
-    grain: Float[Array, " n"]
-    contrast: Float[Array, " n"]
-    exposure: Float[Array, " n"]  # signed
-    tilt: Float[Array, " n"]  # signed, radians
+    blur: Array  # [N] px
+    grain: Array  # [N]
+    contrast: Array  # [N]
+    exposure: Array  # [N] signed
+    tilt: Array  # [N] signed, radians
 
 
 def draw_defects(key: Array, n: int) -> Float[Array, "n 5"]:
@@ -78,9 +78,7 @@ def score(defects: Float[Array, "n 5"]) -> Float[Array, " n"]:
     return 1.0 - jnp.mean(defects, axis=-1)
 
 
-def develop(
-    key: Array, images: Float[Array, "n s s 3"], finish: Finish
-) -> Float[Array, "n s s 3"]:
+def develop(key: Array, images: Float[Array, "n s s 3"], finish: Finish) -> Float[Array, "n s s 3"]:
     """Sharp pictures, already tilted, as such a camera would have taken them.
 
     Blur, contrast around middle grey, exposure, grain, in this order; clipped to [0, 1].

@@ -1,10 +1,11 @@
 """A rule-based judge for the shapes world: what a picture shows, and how well it is made.
 
-The rules use no learned weights, and all of them run in the graph. Sky and ground at the border are a
-colour chart: they tell the background, contrast and exposure. The horizon tells how crooked the
-camera was. What differs from that background falls into connected components; each is an object if it
-overlaps well enough with the ideal silhouette of a kind. Focus is read off against a sharp drawing of
-what was found. It plays the part that GenEval (Ghosh et al. 2023, arXiv 2310.11513) plays for photos.
+The rules use no learned weights, and all of them run in the graph. Sky and ground at the border are
+a colour chart: they tell the background, contrast and exposure. The horizon tells how crooked the
+camera was. What differs from that background falls into connected components; each is an object if
+it overlaps well enough with the ideal silhouette of a kind. Focus is read off against a sharp
+drawing of what was found. It plays the part that GenEval (Ghosh et al. 2023, arXiv 2310.11513)
+plays for photos.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pec_jax.world.scenes import CENTER, IMAGE_SIZE, MAX_OBJECTS, Scene
 
 COMPONENTS = MAX_OBJECTS + 1  # looked at: one more than there may be
 MIN_AREA = 36.0  # px of 64 x 64; the smallest object has 95
+MAX_RADIUS = 17.0  # px; the largest object has 14.6
+MAX_GRAIN = 0.15  # before contrast, beyond which all is noise; the worst picture has 0.06
 MIN_OVERLAP = 0.5  # IoU with the best silhouette, below which a component is clutter
 MIN_DIFFERENCE = 0.17  # of a pixel's colour from the background's
 TOP, BOTTOM = 26, 54  # rows between which every horizon lies
@@ -60,9 +63,9 @@ _SIZE_BOUNDARIES = np.sqrt(scenes.RADII[0] * scenes.RADII[1])  # by number
 class Detected:
     """What was found in N images."""
 
-    attributes: Int[Array, "n 6"]  # in the order of scenes.ATTRIBUTES; MIXED where objects differ
-    found: Bool[Array, " n"]  # one to three objects; otherwise the other fields mean little
-    defects: Float[Array, "n 5"]  # in the order of finish.DEFECTS
+    attributes: Array  # [N, 6] in the order of scenes.ATTRIBUTES; MIXED where objects differ
+    found: Array  # [N] bool one to three objects; otherwise the other fields mean little
+    defects: Array  # [N, 5] in the order of finish.DEFECTS
     scene: Scene  # as far as it can be told
     finish: Finish
 
@@ -111,11 +114,10 @@ def _tones() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tone(border: Array) -> tuple[Array, Array, Array]:
-    """Background [N] int, contrast [N] and exposure [N] that explain the border's colours [N, 6]."""
+    """Background [N] int, contrast [N] and exposure [N] that explain the border [N, 6] best."""
     candidates, seen = _tones()
-    # |a - b|^2 without the array of all differences; grey errors count less, for grain is grey.
-    product = border @ jnp.asarray(seen).T
-    error = jnp.sum(seen**2, axis=-1) - 2.0 * product
+    # |a - b|^2 up to |b|^2, without the array of all differences.
+    error = jnp.sum(seen**2, axis=-1) - 2.0 * border @ jnp.asarray(seen).T
     best = jnp.asarray(candidates)[jnp.argmin(error, axis=-1)]
     return best[:, 0].astype(jnp.int32), best[:, 1], best[:, 2]
 
@@ -158,7 +160,7 @@ def _horizon(images: Array, sky: Array, ground: Array) -> tuple[Array, Array]:
 
 def _labels(mask: Array) -> Array:
     """Connected components of masks [N, S, S] bool: equal labels >= 1 within one, 0 outside."""
-    n, size = mask.shape[:2]
+    size = mask.shape[1]
     start = jnp.arange(1, size * size + 1, dtype=jnp.int32).reshape(size, size)
     labels = jnp.where(mask, start, 0)
 
@@ -242,7 +244,7 @@ def _objects(images: Array, off: Array, grain: Array, tilt: Array) -> _Objects:
     take = lambda values: jnp.take_along_axis(values, kind[..., None], axis=-1)[..., 0]  # noqa: E731
     radius, overlap = take(radii), take(overlaps)
     return _Objects(
-        valid=(area >= MIN_AREA) & (overlap >= MIN_OVERLAP),
+        valid=(area >= MIN_AREA) & (radius <= MAX_RADIUS) & (overlap >= MIN_OVERLAP),
         kind=kind,
         color=jnp.argmax(_votes(images, masks), axis=-1),
         radius=radius,
@@ -321,7 +323,8 @@ def detect(images: Float[Array, "n h w 3"]) -> Detected:
     grain = jnp.median(grey, axis=-1) / 0.6745
     seen = _objects(images, off, grain, tilt)
     scene = _scene(seen, kind, sky, ground, horizon)
-    found = jnp.any(seen.valid, axis=-1) & (jnp.sum(seen.valid, axis=-1) <= MAX_OBJECTS)
+    count = jnp.sum(seen.valid, axis=-1)
+    found = (count >= 1) & (count <= MAX_OBJECTS) & (grain <= MAX_GRAIN)
     finish = Finish(
         blur=jnp.where(found, _blur(images, scene, tilt), finishes.WORST_BLUR),
         grain=grain * contrast / GRAIN_FIELD,
@@ -362,9 +365,7 @@ def _scene(seen: _Objects, kind: Array, sky: Array, ground: Array, horizon: Arra
     )
 
 
-def score(
-    images: Float[Array, "n h w 3"], attributes: Int[Array, "n 6"]
-) -> Float[Array, " n"]:
+def score(images: Float[Array, "n h w 3"], attributes: Int[Array, "n 6"]) -> Float[Array, " n"]:
     """The share of the named attributes that are right.
 
     score = found * (number named and right) / (number named); 1 * found if none is named.
@@ -391,8 +392,6 @@ def share_right(detected: Detected, attributes: Int[Array, "n 6"]) -> Float[Arra
     return jnp.where(detected.found, share, 0.0).astype(jnp.float32)
 
 
-def all_right(
-    images: Float[Array, "n h w 3"], attributes: Int[Array, "n 6"]
-) -> Bool[Array, " n"]:
+def all_right(images: Float[Array, "n h w 3"], attributes: Int[Array, "n 6"]) -> Bool[Array, " n"]:
     """Whether everything named is right (GenEval's strict score); -1 = not named."""
     return score(images, attributes) > 1.0 - 1e-4

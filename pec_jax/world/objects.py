@@ -1,8 +1,8 @@
 """The objects of the shapes world: six kinds, each a few layers of signed distances.
 
-Everything is in the object's own coordinates: its centre is the origin, its radius 1, y points down.
-An object is drawn from back to front: the silhouette widened by an outline, then its layers. A layer
-is a distance field and a paint.
+Everything is in the object's own coordinates: its centre is the origin, its radius 1, y points
+down. An object is drawn from back to front: the silhouette widened by an outline, then its layers.
+A layer is a distance field and a paint.
 
 Distances of ellipse, star and heart: Inigo Quilez, "2D distance functions",
 https://iquilezles.org/articles/distfunctions2d/.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pec_jax.world.objects import KINDS
 
@@ -78,14 +78,14 @@ _PLURALS |= {"heart": "hearts", "mushroom": "mushrooms", "thing": "things"}
 class Scene:
     """All that determines a picture but its finish; lengths in px of a 64-pixel image."""
 
-    attributes: Int[Array, "n 6"]  # none open
-    radius: Float[Array, " n"]
-    centers: Float[Array, "n 3 2"]  # (x, y), y down
-    present: Float[Array, "n 3"]  # 1 for an object that is there, else 0
-    color: Float[Array, "n 3"]  # of the objects, in [0, 1]
-    sky: Float[Array, "n 3"]
-    ground: Float[Array, "n 3"]
-    horizon: Float[Array, " n"]  # px from the top
+    attributes: Array  # [N, 6] none open
+    radius: Array  # [N]
+    centers: Array  # [N, 3, 2] (x, y), y down
+    present: Array  # [N, 3] 1 for an object that is there, else 0
+    color: Array  # [N, 3] of the objects, in [0, 1]
+    sky: Array  # [N, 3]
+    ground: Array  # [N, 3]
+    horizon: Array  # [N] px from the top
 
 
 def fill_open(key: Array, attributes: Int[Array, "*n 6"]) -> Int[Array, "*n 6"]:

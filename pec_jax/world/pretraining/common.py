@@ -15,10 +15,10 @@ import safetensors.numpy
 from flax import struct
 
 from pec_jax.models.layers import Dense
+from pec_jax.weights import convert, tensors
 from pec_jax.world import finish, render
 from pec_jax.world import scenes as shapes
 from pec_jax.world.pretraining.loop import write_atomically
-from pec_jax.weights import convert, tensors
 
 Array = jax.Array
 PyTree = Any
@@ -145,8 +145,8 @@ def to_pixels(images: Array) -> Array:
 def augment(key: Array, images: Array, jitter: float = 0.015, noise: float = 0.015) -> Array:
     """Faint photometric augmentation: gain and offset, some blur, some noise.
 
-    A generator's images are never as clean as rendered ones; a judge must not care. It is faint, for the
-    finish of a picture is what a judge does care for.
+    A generator's images are never as clean as rendered ones; a judge must not care. It is faint,
+    for the finish of a picture is what a judge does care for.
 
     Args:
         key: PRNG key.

@@ -4,8 +4,9 @@ A student sees every crop, a teacher (the student's moving average) only the lar
 student learns the teacher's output on the other crops (Caron et al. 2021, algorithm 1). The
 teacher's outputs are centred by Sinkhorn-Knopp, which gives every prototype its equal share of
 each batch (Caron et al. 2020, section 3.1; used so in DINOv2): a running mean let these small
-networks collapse to two clusters, light and dark. As there, brightness, contrast, blur and noise are
-augmentations: every crop of a picture is developed anew. Hue is not, so that the features keep colours.
+networks collapse to two clusters, light and dark. As there, brightness, contrast, blur and noise
+are augmentations: every crop of a picture is developed anew. Hue is not, so that the features keep
+colours.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Contrastive encoders fine-tuned on the choices of a crowd: PickScore and its like.
 
-Two pictures of one caption are shown to the raters of `crowd`. The score is exp(s) cos(f, g), and the
-probability that picture 1 wins is softmax over the two scores (Kirstain et al. 2023, section 4;
+Two pictures of one caption are shown to the raters of `crowd`. The score is exp(s) cos(f, g), and
+the probability that picture 1 wins is softmax over the two scores (Kirstain et al. 2023, section 4;
 Bradley & Terry 1952). Three such models differ in whom they asked, and two in what they are:
-`pickscore` and `pickscore_taste` start from the contrastive encoder, `hps` learns from nothing, with
-another architecture, from other pictures and other raters.
+`pickscore` and `pickscore_taste` start from the contrastive encoder, `hps` learns from nothing,
+with another architecture, from other pictures and other raters.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def _fine_tuned(name: str) -> Recipe:
 
 PICKSCORE = Study(_fine_tuned("pickscore"), raters=1, start="clip")
 TASTE = Study(_fine_tuned("pickscore_taste"), raters=None, start="clip")
-HPS = Study(
-    Recipe("hps", steps=4000, learning_rate=1e-3, weight_decay=0.05, warmup=100), raters=2
-)
+HPS = Study(Recipe("hps", steps=4000, learning_rate=1e-3, weight_decay=0.05, warmup=100), raters=2)
 
 
 @jax.jit

@@ -18,10 +18,10 @@ import numpy as np
 from pec_jax.families.base import Pipeline
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.flow.sampler import FlowSampler
+from pec_jax.types import Conditioning
 from pec_jax.world import judge
 from pec_jax.world import scenes as shapes
 from pec_jax.world.pretraining.loop import Session
-from pec_jax.types import Conditioning
 
 SETTINGS = ((10, 1.0), (10, 4.5), (28, 1.0), (28, 4.5))  # (steps, guidance)
 SPECIFIED_IMAGES = 512

@@ -4,8 +4,8 @@ Tokens are masked as BERT does (Devlin et al. 2019, section 3.1) with T5's first
 loss also reads back the tokens in plain sight, at half weight, so that each position keeps what
 it says: the transformer that reads these embeddings needs the words themselves.
 
-diffusers pads to 256 tokens unless told otherwise, and lets every token attend to the padding. So one
-batch in four is padded to that length.
+diffusers pads to 256 tokens unless told otherwise, and lets every token attend to the padding. So
+one batch in four is padded to that length.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from flax import struct
 from pec_jax.families.pipeline import load_text_stack
 from pec_jax.models import mmdit
 from pec_jax.models.vae import VAEConfig, scale_latents
+from pec_jax.types import Conditioning
 from pec_jax.world import scenes as shapes
 from pec_jax.world.pretraining import common, skeleton, t5, tokenizers, vae
 from pec_jax.world.pretraining.loop import Recipe, Session, fit
-from pec_jax.types import Conditioning
 
 STEM = "diffusion_pytorch_model"
 BATCH = 128
@@ -34,7 +34,11 @@ LONG_LENGTH = 256  # of T5's part, diffusers' default
 EMPTY = shapes.NUM_CAPTIONS  # row of the empty prompt in the table of text embeddings
 EMPTY_SHARE = 0.1
 SPECIFIED_SHARE = 0.5
-LONG_EVERY, LONG_BATCH, LONG_CAPTIONS = 16, 48, 2048  # batches padded to 256 tokens, and their texts
+LONG_EVERY, LONG_BATCH, LONG_CAPTIONS = (
+    16,
+    48,
+    2048,
+)  # batches padded to 256 tokens, and their texts
 LOGIT_MEAN, LOGIT_STD = 0.4, 1.2  # towards noise, where the shifted sampler spends its steps
 RECIPE = Recipe(
     "transformer",
