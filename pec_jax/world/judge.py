@@ -92,13 +92,14 @@ def _chroma(x: Array) -> Array:
     return x - jnp.mean(x, axis=-1, keepdims=True)
 
 
-def _edges(images: Array) -> tuple[Array, Array]:
-    """Median colours [N, 3] of the border's pixels above and below every horizon."""
+def _border(images: Array) -> Array:
+    """Median colours [N, 6] of the border's pixels above and below every horizon."""
     n, sky_end, ground_start = images.shape[0], 30, 50
     sides = images[:, :, (0, 1, -2, -1)]
     above = [images[:, :2].reshape(n, -1, 3), sides[:, :sky_end].reshape(n, -1, 3)]
     below = [images[:, -2:].reshape(n, -1, 3), sides[:, ground_start:].reshape(n, -1, 3)]
-    return tuple(jnp.median(jnp.concatenate(part, axis=1), axis=1) for part in (above, below))
+    medians = [jnp.median(jnp.concatenate(part, axis=1), axis=1) for part in (above, below)]
+    return jnp.concatenate(medians, axis=-1)
 
 
 @functools.cache
@@ -312,7 +313,7 @@ def detect(images: Float[Array, "n h w 3"]) -> Detected:
     images = images.astype(jnp.float32)
     if images.shape[1:3] != (size, size):
         images = jax.image.resize(images, (n, size, size, 3), "linear", antialias=True)
-    border = jnp.concatenate(_edges(images), axis=-1)  # [N, 6]
+    border = _border(images)
     kind, contrast, exposure = _tone(border)
     # As it was before the camera: contrast and exposure undone.
     undo = lambda a: (a - 0.5 - _wide(exposure, a)) / _wide(contrast, a) + 0.5  # noqa: E731
