@@ -15,9 +15,10 @@ import numpy as np
 import optax
 
 from pec_jax.models import clip
+from pec_jax.shapes.pretraining import tokenizers
+from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.world import scenes as shapes
-from pec_jax.world.pretraining import common, skeleton, tokenizers
-from pec_jax.world.pretraining.loop import Recipe, Session, fit
+from pec_jax.world.pretraining import common, skeleton
 
 STEM = "model"
 BATCH = 256

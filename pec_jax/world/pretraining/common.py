@@ -15,10 +15,10 @@ import safetensors.numpy
 from flax import struct
 
 from pec_jax.models.layers import Dense
+from pec_jax.shapes.pretraining.loop import write_atomically
 from pec_jax.weights import convert, tensors
 from pec_jax.world import finish, render
 from pec_jax.world import scenes as shapes
-from pec_jax.world.pretraining.loop import write_atomically
 
 Array = jax.Array
 PyTree = Any

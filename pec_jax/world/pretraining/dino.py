@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.models import vit
+from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.world import finish, render
 from pec_jax.world import scenes as shapes
 from pec_jax.world.pretraining import common, skeleton
-from pec_jax.world.pretraining.loop import Recipe, Session, fit
 
 Array = jax.Array
 

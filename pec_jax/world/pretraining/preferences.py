@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.world import crowd as crowds
 from pec_jax.world import finish
 from pec_jax.world import scenes as shapes
 from pec_jax.world.crowd import Crowd
 from pec_jax.world.pretraining import clip, common
-from pec_jax.world.pretraining.loop import Recipe, Session, fit
 
 Array = jax.Array
 

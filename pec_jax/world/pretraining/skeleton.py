@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pec_jax.shapes.pretraining import tokenizers
+from pec_jax.shapes.pretraining.loop import Session
 from pec_jax.world import scenes as shapes
-from pec_jax.world.pretraining import tokenizers
-from pec_jax.world.pretraining.loop import Session
 
 JOINT_DIM = 128  # width of the text tokens: both CLIP towers side by side, or the T5
 PROJECTION_DIM = 64  # of each CLIP tower; the pooled text embedding has twice as many

@@ -21,10 +21,11 @@ from flax import struct
 from pec_jax.families.pipeline import load_text_stack
 from pec_jax.models import mmdit
 from pec_jax.models.vae import VAEConfig, scale_latents
+from pec_jax.shapes.pretraining import tokenizers
+from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.types import Conditioning
 from pec_jax.world import scenes as shapes
-from pec_jax.world.pretraining import common, skeleton, t5, tokenizers, vae
-from pec_jax.world.pretraining.loop import Recipe, Session, fit
+from pec_jax.world.pretraining import common, skeleton, t5, vae
 
 STEM = "diffusion_pytorch_model"
 BATCH = 128

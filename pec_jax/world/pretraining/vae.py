@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.models import vae
+from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.world.pretraining import common, skeleton
-from pec_jax.world.pretraining.loop import Recipe, Session, fit
 
 STEM = "diffusion_pytorch_model"
 BATCH = 32
