@@ -31,6 +31,12 @@ CHECKED = [
     "pec_jax.rewards.clip",
     "pec_jax.rl",
     "pec_jax.shapes.judge",
+    "pec_jax.world.crowd",
+    "pec_jax.world.finish",
+    "pec_jax.world.judge",
+    "pec_jax.world.objects",
+    "pec_jax.world.render",
+    "pec_jax.world.scenes",
 ]
 
 
@@ -85,6 +91,7 @@ SLOW = (
     "tests/test_tiny.py",
     "tests/test_wheel.py",
     "tests/training/",
+    "tests/world/pretraining/",
 )
 _ORACLE = re.compile(r"^\s*(?:import|from) (?:torch|diffusers|peft)\b", re.MULTILINE)
 

@@ -1,0 +1,1 @@
+"""Training of the embedded default: every stage that `python -m pec_jax.pretrain` runs."""
