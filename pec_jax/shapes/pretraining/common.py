@@ -128,7 +128,9 @@ def to_pixels(images: Array) -> Array:
 
 
 @jax.jit
-def augment(key: Array, images: Array, jitter: float = 0.04, noise: float = 0.03) -> Array:
+def augment(
+    key: Array, images: Array, jitter: float = 0.04, noise: float = 0.03, blur: float = 0.8
+) -> Array:
     """Light photometric augmentation: gain and offset, some blur, some noise.
 
     A generator's images are never as clean as rendered ones; a judge must not care.
@@ -138,6 +140,7 @@ def augment(key: Array, images: Array, jitter: float = 0.04, noise: float = 0.03
         images: [N, H, W, 3] in [0, 1].
         jitter: largest change of gain, and of offset, per image and channel.
         noise: largest standard deviation of the pixel noise.
+        blur: largest share of the mean over 3 x 3 pixels.
 
     Returns:
         [N, H, W, 3] in [0, 1].
@@ -148,7 +151,7 @@ def augment(key: Array, images: Array, jitter: float = 0.04, noise: float = 0.03
     offset = jax.random.uniform(keys[1], (n, 1, 1, 3), minval=-jitter, maxval=jitter)
     rows = images + jnp.roll(images, 1, axis=1) + jnp.roll(images, -1, axis=1)
     blurred = (rows + jnp.roll(rows, 1, axis=2) + jnp.roll(rows, -1, axis=2)) / 9.0
-    amount = jax.random.uniform(keys[2], (n, 1, 1, 1), maxval=0.8)
+    amount = jax.random.uniform(keys[2], (n, 1, 1, 1), maxval=blur)
     deviation = jax.random.uniform(keys[3], (n, 1, 1, 1), maxval=noise)
     images = (images + amount * (blurred - images)) * gain + offset
     images += deviation * jax.random.normal(keys[4], images.shape)

@@ -67,7 +67,7 @@ def random_crops(key: Array, images: Array, area: tuple[float, float]) -> Array:
 crop_jitted = jax.jit(random_crops, static_argnums=2)
 
 
-def initial_head(key: Array, width: int) -> dict[str, Array]:
+def initial_head(key: Array, width: int, prototypes: int = PROTOTYPES) -> dict[str, Array]:
     """The projection head: two layers, a bottleneck on the sphere, unit prototypes."""
     keys = jax.random.split(key, 3)
     hidden = 2 * width
@@ -75,7 +75,7 @@ def initial_head(key: Array, width: int) -> dict[str, Array]:
         "fc1": jax.random.normal(keys[0], (width, hidden)) * width**-0.5,
         "bias1": jnp.zeros(hidden),
         "fc2": jax.random.normal(keys[1], (hidden, BOTTLENECK)) * hidden**-0.5,
-        "prototypes": jax.random.normal(keys[2], (BOTTLENECK, PROTOTYPES)),
+        "prototypes": jax.random.normal(keys[2], (BOTTLENECK, prototypes)),
     }
 
 
@@ -135,26 +135,29 @@ def draw(key: Array) -> Array:
     return common.to_pixels(jnp.stack(crops))
 
 
-def loss(params, ema, extra, crops, key):
+def make_loss(module: vit.ViTModel):
     """DINO's objective; `ema` is the teacher; see `loop.Loss`."""
-    del key
-    module = model()
 
-    def logits(variables, pixels):
-        flat = pixels.reshape(-1, *pixels.shape[2:])
-        features = module.apply({"params": variables["vit"]}, flat)[:, 0]
-        return apply_head(variables["head"], features).reshape(*pixels.shape[:2], -1)
+    def loss(params, ema, extra, crops, key):
+        del key
 
-    teacher = logits(ema, crops[:GLOBAL_CROPS])
-    assigned = sinkhorn(teacher.reshape(-1, teacher.shape[-1])).reshape(teacher.shape)
-    targets = jax.lax.stop_gradient(assigned)
-    mean = jnp.mean(targets, axis=(0, 1))
-    metrics = {
-        # Collapse shows as a marginal entropy near 0, or as targets as flat as the marginal.
-        "marginal_entropy": -jnp.sum(mean * jnp.log(mean + 1e-9)),
-        "target_entropy": -jnp.mean(jnp.sum(targets * jnp.log(targets + 1e-9), axis=-1)),
-    }
-    return distillation_loss(logits(params, crops), targets), (metrics, extra)
+        def logits(variables, pixels):
+            flat = pixels.reshape(-1, *pixels.shape[2:])
+            features = module.apply({"params": variables["vit"]}, flat)[:, 0]
+            return apply_head(variables["head"], features).reshape(*pixels.shape[:2], -1)
+
+        teacher = logits(ema, crops[:GLOBAL_CROPS])
+        assigned = sinkhorn(teacher.reshape(-1, teacher.shape[-1])).reshape(teacher.shape)
+        targets = jax.lax.stop_gradient(assigned)
+        mean = jnp.mean(targets, axis=(0, 1))
+        metrics = {
+            # Collapse shows as a marginal entropy near 0, or as targets as flat as the marginal.
+            "marginal_entropy": -jnp.sum(mean * jnp.log(mean + 1e-9)),
+            "target_entropy": -jnp.mean(jnp.sum(targets * jnp.log(targets + 1e-9), axis=-1)),
+        }
+        return distillation_loss(logits(params, crops), targets), (metrics, extra)
+
+    return loss
 
 
 def knn_accuracy(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -195,6 +198,6 @@ def run(session: Session) -> dict[str, Any]:
         ),
         "head": initial_head(head_key, skeleton.VIT["hidden_size"]),
     }
-    teacher = fit(session, RECIPE, loss, params, draw).ema["vit"]
+    teacher = fit(session, RECIPE, make_loss(model()), params, draw).ema["vit"]
     size = common.save(session.out / "encoders" / "dino", {"params": teacher}, "model")
     return evaluate(teacher, eval_key) | {"bytes": size}

@@ -6,7 +6,9 @@ Hugging Face layout beside it. Everything about sizes stands here, and nowhere e
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +151,34 @@ PIPELINE = {
 }
 
 
-def preprocessor(kind: str, mean: float) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What differs between worlds."""
+
+    captions: Callable[[], list[str]]  # all of them
+    image_size: int
+    vae: dict[str, Any]
+    transformer: dict[str, Any]
+    vit: dict[str, Any]
+    visions: dict[str, dict[str, Any]]  # of each contrastive encoder
+
+
+SIZES = Sizes(
+    shapes.all_captions,
+    shapes.IMAGE_SIZE,
+    VAE,
+    TRANSFORMER,
+    VIT,
+    {"clip": CLIP_VISION, "pickscore": CLIP_VISION},
+)
+
+
+def preprocessor(kind: str, mean: float, image_size: int) -> dict[str, Any]:
     """An image processor's config: resize, rescale to [0, 1], subtract `mean`, divide by 0.5."""
-    size: Any = {"shortest_edge": shapes.IMAGE_SIZE}
+    size: Any = {"shortest_edge": image_size}
     if kind == "ViTImageProcessor":
-        size = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
-    crop = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
+        size = {"height": image_size, "width": image_size}
+    crop = {"height": image_size, "width": image_size}
     config = {
         "image_processor_type": kind,
         "do_resize": True,
@@ -191,16 +215,17 @@ def text_config(vocabulary: int, pad: int, activation: str) -> dict[str, Any]:
     }
 
 
-def build(out: Path) -> dict[str, Any]:
+def build(out: Path, sizes: Sizes = SIZES) -> dict[str, Any]:
     """Writes the directory without weights: configs, tokenizers, scheduler, preprocessors.
 
     Args:
         out: the pipeline's directory; what is there already is written anew.
+        sizes: of the world.
 
     Returns:
         Vocabulary sizes, for the report.
     """
-    captions = shapes.all_captions()
+    captions = sizes.captions()
     tokenizers.write_clip_tokenizer(out / "tokenizer", captions, tokenizers.END)
     tokenizers.write_clip_tokenizer(out / "tokenizer_2", captions, "!")
     tokenizers.write_t5_tokenizer(out / "tokenizer_3", captions)
@@ -214,15 +239,15 @@ def build(out: Path) -> dict[str, Any]:
         write_json(out / name / "config.json", config | head)
     t5_vocabulary = len(tokenizers.unigram_pieces(captions)) + 4  # <pad> </s> <unk> <extra_id_0>
     write_json(out / "text_encoder_3" / "config.json", T5 | {"vocab_size": t5_vocabulary})
-    write_json(out / "vae" / "config.json", VAE)
-    write_json(out / "transformer" / "config.json", TRANSFORMER)
+    write_json(out / "vae" / "config.json", sizes.vae)
+    write_json(out / "transformer" / "config.json", sizes.transformer)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", PIPELINE)
-    _build_encoders(out, captions, towers["text_encoder"])
+    _build_encoders(out, captions, towers["text_encoder"], sizes)
     return {"clip_vocabulary": vocabulary, "t5_vocabulary": t5_vocabulary}
 
 
-def _build_encoders(out: Path, captions: list[str], text: dict[str, Any]) -> None:
+def _build_encoders(out: Path, captions: list[str], text: dict[str, Any], sizes: Sizes) -> None:
     clip = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -231,17 +256,21 @@ def _build_encoders(out: Path, captions: list[str], text: dict[str, Any]) -> Non
         "initializer_factor": 1.0,
         "dtype": "float32",
         "text_config": text,
-        "vision_config": CLIP_VISION,
     }
-    for name in ("clip", "pickscore"):
+    for name, vision in sizes.visions.items():
         directory = out / "encoders" / name
-        write_json(directory / "config.json", clip)
-        config = preprocessor("CLIPImageProcessor", 0.5) | {"processor_class": "CLIPProcessor"}
+        write_json(directory / "config.json", clip | {"vision_config": vision})
+        config = preprocessor("CLIPImageProcessor", 0.5, sizes.image_size) | {
+            "processor_class": "CLIPProcessor"
+        }
         write_json(directory / "preprocessor_config.json", config)
         tokenizers.write_clip_tokenizer(directory, captions, tokenizers.END)
     directory = out / "encoders" / "dino"
-    write_json(directory / "config.json", VIT)
-    write_json(directory / "preprocessor_config.json", preprocessor("ViTImageProcessor", 0.5))
+    write_json(directory / "config.json", sizes.vit)
+    write_json(
+        directory / "preprocessor_config.json",
+        preprocessor("ViTImageProcessor", 0.5, sizes.image_size),
+    )
 
 
 def run(session: Session) -> dict[str, Any]:

@@ -47,17 +47,23 @@ def draw(key: jax.Array) -> jax.Array:
     return common.to_pixels(common.draw_images(key, BATCH)[0])
 
 
-def loss(params, ema, extra, pixels, key):
-    """One batch of the objective above; see `loop.Loss`."""
-    del ema
-    module, variables = model(), {"params": params}
+def objective(module: Any, params, pixels, key):
+    """One batch of the objective above: the loss, and its metrics."""
+    variables = {"params": params}
     mean, logvar = module.apply(variables, pixels, method="encode")
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     error = module.apply(variables, latents, method="decode") - pixels
     kl = jnp.mean(kl_divergence(mean, logvar))
     square = jnp.mean(error**2)
     value = jnp.mean(jnp.abs(error)) + square + KL_WEIGHT * kl
-    return value, ({"psnr": 10.0 * jnp.log10(4.0 / square), "kl": kl}, extra)
+    return value, {"psnr": 10.0 * jnp.log10(4.0 / square), "kl": kl}
+
+
+def loss(params, ema, extra, pixels, key):
+    """See `loop.Loss`."""
+    del ema
+    value, metrics = objective(model(), params, pixels, key)
+    return value, (metrics, extra)
 
 
 @jax.jit

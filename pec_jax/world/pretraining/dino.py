@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.models import vit
+from pec_jax.shapes.pretraining import common as base
+from pec_jax.shapes.pretraining import dino as stage
 from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.world import finish, render
 from pec_jax.world import scenes as shapes
@@ -26,12 +28,8 @@ from pec_jax.world.pretraining import common, skeleton
 Array = jax.Array
 
 BATCH = 96
-GLOBAL_CROPS, LOCAL_CROPS = 2, 2
 GLOBAL_AREA, LOCAL_AREA = (0.8, 1.0), (0.5, 0.8)  # share of the image
-PROTOTYPES, BOTTLENECK = 1024, 64
-STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.06
-SINKHORN_ROUNDS = 3
-NEIGHBOURS = 10
+PROTOTYPES = 1024
 REFERENCES = 16384  # images whose labels the neighbours give
 RECIPE = Recipe(
     "dino", steps=2500, learning_rate=1e-3, weight_decay=0.04, warmup=150, ema_decay=0.99
@@ -40,90 +38,6 @@ RECIPE = Recipe(
 
 def model() -> vit.ViTModel:
     return vit.ViTModel(vit.ViTConfig.from_dict(skeleton.VIT))
-
-
-def random_crops(key: Array, images: Array, area: tuple[float, float]) -> Array:
-    """Random square crops, resized back by bilinear interpolation.
-
-    Args:
-        key: PRNG key.
-        images: [N, S, S, 3].
-        area: smallest and largest share of the image that a crop covers.
-
-    Returns:
-        [N, S, S, 3].
-    """
-    area_key, place_key = jax.random.split(key)
-    n, size = images.shape[:2]
-    share = jax.random.uniform(area_key, (n, 1), minval=area[0], maxval=area[1])
-    side = jnp.sqrt(share)  # [N, 1] of the image's
-    start = jax.random.uniform(place_key, (n, 2)) * (1.0 - side)
-    centers = (jnp.arange(size) + 0.5) / size
-    # Where each output pixel lies in the input, in pixels; [N, 2 axes, S].
-    places = (start[..., None] + side[..., None] * centers) * size - 0.5
-    places = jnp.clip(places, 0.0, size - 1.0)
-    weights = jnp.maximum(1.0 - jnp.abs(places[..., None] - jnp.arange(size)), 0.0)
-    rows = jnp.einsum("nij,njwc->niwc", weights[:, 0], images)
-    return jnp.einsum("nij,nhjc->nhic", weights[:, 1], rows)
-
-
-crop_jitted = jax.jit(random_crops, static_argnums=2)
-
-
-def initial_head(key: Array, width: int) -> dict[str, Array]:
-    """The projection head: two layers, a bottleneck on the sphere, unit prototypes."""
-    keys = jax.random.split(key, 3)
-    hidden = 2 * width
-    return {
-        "fc1": jax.random.normal(keys[0], (width, hidden)) * width**-0.5,
-        "bias1": jnp.zeros(hidden),
-        "fc2": jax.random.normal(keys[1], (hidden, BOTTLENECK)) * hidden**-0.5,
-        "prototypes": jax.random.normal(keys[2], (BOTTLENECK, PROTOTYPES)),
-    }
-
-
-def apply_head(head: dict[str, Array], features: Array) -> Array:
-    """Class-token features [N, D] -> logits over prototypes [N, PROTOTYPES], in [-1, 1]."""
-    x = jax.nn.gelu(features @ head["fc1"] + head["bias1"])
-    return common.normalise(x @ head["fc2"]) @ common.normalise(head["prototypes"].T).T
-
-
-def sinkhorn(logits: Array) -> Array:
-    """Soft assignments that use every prototype equally: rows sum to 1, columns to N / K.
-
-    Alternating normalisation of Q = exp(logits / tau_t).
-
-    Args:
-        logits: the teacher's [N, K].
-
-    Returns:
-        [N, K], rows summing to 1.
-
-    Source: Cuturi 2013; Caron et al. 2020, equation 4.
-    """
-    log_q = logits / TEACHER_TEMPERATURE
-    for _ in range(SINKHORN_ROUNDS):
-        log_q -= jax.scipy.special.logsumexp(log_q, axis=0, keepdims=True)
-        log_q -= jax.scipy.special.logsumexp(log_q, axis=1, keepdims=True)
-    return jnp.exp(log_q)
-
-
-def distillation_loss(student: Array, targets: Array) -> Array:
-    """Cross-entropy of the student under the teacher over all pairs of different crops.
-
-    L = mean over s != t of -sum_k q_tk log softmax(g_s / tau_s)_k
-
-    Args:
-        student: logits of all crops [C, N, K], the large ones first.
-        targets: the teacher's assignments q of the large crops [G, N, K].
-
-    Returns:
-        A scalar, nats.
-    """
-    log_probs = jax.nn.log_softmax(student / STUDENT_TEMPERATURE, axis=-1)
-    nats = -jnp.einsum("gnk,snk->gs", targets, log_probs) / student.shape[1]
-    different = 1.0 - jnp.eye(targets.shape[0], student.shape[0])
-    return jnp.sum(nats * different) / jnp.sum(different)
 
 
 @jax.jit
@@ -146,44 +60,14 @@ def developed(key: Array, images: Array) -> Array:
 
 def draw(key: Array) -> Array:
     """Crops of new images [C, N, 64, 64, 3] in [-1, 1], the large ones first."""
-    image_key, *keys = jax.random.split(key, 1 + GLOBAL_CROPS + LOCAL_CROPS)
+    image_key, *keys = jax.random.split(key, 1 + stage.GLOBAL_CROPS + stage.LOCAL_CROPS)
     images = sharp(image_key)
     crops = []
     for i, crop_key in enumerate(keys):
-        area = GLOBAL_AREA if i < GLOBAL_CROPS else LOCAL_AREA
+        area = GLOBAL_AREA if i < stage.GLOBAL_CROPS else LOCAL_AREA
         crop_key, develop_key = jax.random.split(crop_key)
-        crops.append(crop_jitted(crop_key, developed(develop_key, images), area))
-    return common.to_pixels(jnp.stack(crops))
-
-
-def loss(params, ema, extra, crops, key):
-    """DINO's objective; `ema` is the teacher; see `loop.Loss`."""
-    del key
-    module = model()
-
-    def logits(variables, pixels):
-        flat = pixels.reshape(-1, *pixels.shape[2:])
-        features = module.apply({"params": variables["vit"]}, flat)[:, 0]
-        return apply_head(variables["head"], features).reshape(*pixels.shape[:2], -1)
-
-    teacher = logits(ema, crops[:GLOBAL_CROPS])
-    assigned = sinkhorn(teacher.reshape(-1, teacher.shape[-1])).reshape(teacher.shape)
-    targets = jax.lax.stop_gradient(assigned)
-    mean = jnp.mean(targets, axis=(0, 1))
-    metrics = {
-        # Collapse shows as a marginal entropy near 0, or as targets as flat as the marginal.
-        "marginal_entropy": -jnp.sum(mean * jnp.log(mean + 1e-9)),
-        "target_entropy": -jnp.mean(jnp.sum(targets * jnp.log(targets + 1e-9), axis=-1)),
-    }
-    return distillation_loss(logits(params, crops), targets), (metrics, extra)
-
-
-def knn_accuracy(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Majority label of the nearest neighbours by cosine: [N, d], [N], [M, d] -> [M]."""
-    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (train, test)]
-    nearest = np.argsort(-(unit[1] @ unit[0].T), axis=-1)[:, :NEIGHBOURS]
-    votes = labels[nearest]  # [M, k]
-    return np.array([np.bincount(v).argmax() for v in votes])
+        crops.append(stage.crop_jitted(crop_key, developed(develop_key, images), area))
+    return base.to_pixels(jnp.stack(crops))
 
 
 def evaluate(params, key: Array) -> dict[str, float]:
@@ -196,7 +80,7 @@ def evaluate(params, key: Array) -> dict[str, float]:
         return tokens[:, 0]
 
     features = np.concatenate(
-        [np.asarray(class_token(params, common.to_pixels(part.images))) for part in drawn]
+        [np.asarray(class_token(params, base.to_pixels(part.images))) for part in drawn]
     )
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
     numbers = {"unit_feature_variance": float(unit.var(axis=0).sum())}
@@ -204,7 +88,7 @@ def evaluate(params, key: Array) -> dict[str, float]:
     numbers["effective_dimensions"] = float(values.sum() ** 2 / (values**2).sum())
     truth = np.concatenate([np.asarray(part.attributes) for part in drawn])
     for i, name in enumerate(shapes.ATTRIBUTES):
-        found = knn_accuracy(features[1024:], truth[1024:, i], features[:1024])
+        found = stage.knn_accuracy(features[1024:], truth[1024:, i], features[:1024])
         numbers[f"knn/{name}"] = float(np.mean(found == truth[:1024, i]))
     return numbers
 
@@ -213,11 +97,11 @@ def run(session: Session) -> dict[str, Any]:
     """Trains student and teacher; writes the teacher to encoders/dino."""
     init_key, head_key, eval_key = jax.random.split(session.key("dino-init"), 3)
     params = {
-        "vit": common.spread_positions(
-            common.initialise(model(), init_key, jnp.zeros((1, 64, 64, 3)))["params"]
+        "vit": base.spread_positions(
+            base.initialise(model(), init_key, jnp.zeros((1, 64, 64, 3)))["params"]
         ),
-        "head": initial_head(head_key, skeleton.VIT["hidden_size"]),
+        "head": stage.initial_head(head_key, skeleton.VIT["hidden_size"], PROTOTYPES),
     }
-    teacher = fit(session, RECIPE, loss, params, draw).ema["vit"]
-    size = common.save(session.out / "encoders" / "dino", {"params": teacher}, "model")
+    teacher = fit(session, RECIPE, stage.make_loss(model()), params, draw).ema["vit"]
+    size = base.save(session.out / "encoders" / "dino", {"params": teacher}, "model")
     return evaluate(teacher, eval_key) | {"bytes": size}

@@ -20,10 +20,11 @@ import numpy as np
 import optax
 
 from pec_jax.models import t5
+from pec_jax.shapes.pretraining import common as base
+from pec_jax.shapes.pretraining import skeleton as files
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.world import scenes as shapes
-from pec_jax.world.pretraining import common, skeleton
 
 BATCH = 128
 LONG_LENGTH, LONG_BATCH = 256, 16  # diffusers' default
@@ -33,7 +34,7 @@ RECIPE = Recipe("t5", steps=800, learning_rate=2e-3, weight_decay=0.01)
 
 
 def model(directory) -> t5.T5Encoder:
-    return t5.T5Encoder(t5.T5Config.from_dict(skeleton.read_json(directory / "config.json")))
+    return t5.T5Encoder(t5.T5Config.from_dict(files.read_json(directory / "config.json")))
 
 
 def token_ids(directory, texts: Sequence[str], length: int = tokenizers.MAX_LENGTH) -> np.ndarray:
@@ -50,7 +51,7 @@ def load(out) -> tuple[t5.T5Encoder, Any]:
     directory = out / "text_encoder_3"
     module = model(directory)
     ids = jnp.zeros((1, tokenizers.MAX_LENGTH), jnp.int32)
-    return module, common.load(directory, module, "model", ids)
+    return module, base.load(directory, module, "model", ids)
 
 
 def make_loss(module: t5.T5Encoder, mask_id: int):
@@ -80,7 +81,7 @@ def run(session: Session) -> dict[str, Any]:
     held_out = shapes.NUM_CAPTIONS // 10
     width, vocabulary = module.config.d_model, module.config.vocab_size
     params = {
-        "t5": common.initialise(module, init_key, ids[:1])["params"],
+        "t5": base.initialise(module, init_key, ids[:1])["params"],
         "head": 0.02 * jax.random.normal(head_key, (width, vocabulary)),
     }
     loss = make_loss(module, mask_id=vocabulary - 1)
@@ -96,7 +97,7 @@ def run(session: Session) -> dict[str, Any]:
         return choose(key, LONG_BATCH, LONG_LENGTH) if long else choose(key, BATCH, ids.shape[1])
 
     params = fit(session, RECIPE, loss, params, draw).ema
-    size = common.save(directory, {"params": params["t5"]}, "model")
+    size = base.save(directory, {"params": params["t5"]}, "model")
     unseen = jnp.asarray(ids)[shuffled[:held_out]]
     value, (metrics, _) = jax.jit(loss)(params, None, None, unseen, eval_key)
     numbers = {name: float(metric) for name, metric in metrics.items()}

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,10 @@ from flax import struct
 from pec_jax.families.pipeline import load_text_stack
 from pec_jax.models import mmdit
 from pec_jax.models.vae import VAEConfig, scale_latents
+from pec_jax.shapes.pretraining import common as base
+from pec_jax.shapes.pretraining import skeleton as files
 from pec_jax.shapes.pretraining import tokenizers
+from pec_jax.shapes.pretraining import transformer as stage
 from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.types import Conditioning
 from pec_jax.world import scenes as shapes
@@ -40,7 +42,6 @@ LONG_EVERY, LONG_BATCH, LONG_CAPTIONS = (
     48,
     2048,
 )  # batches padded to 256 tokens, and their texts
-LOGIT_MEAN, LOGIT_STD = 0.4, 1.2  # towards noise, where the shifted sampler spends its steps
 RECIPE = Recipe(
     "transformer",
     steps=12000,
@@ -71,12 +72,12 @@ def text_table(out) -> Conditioning:
 
 def encode_pool(out, key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Scaled latents [size, 8, 8, 16] of random scenes (the posterior's mean), and attributes."""
-    config = VAEConfig.from_dict(skeleton.read_json(out / "vae" / "config.json"))
+    config = VAEConfig.from_dict(files.read_json(out / "vae" / "config.json"))
     params = vae.load(out)
 
     @jax.jit
     def encode(params, images):
-        pixels = common.to_pixels(images)
+        pixels = base.to_pixels(images)
         return scale_latents(config, vae.model().apply(params, pixels, method="encode")[0])
 
     latents, attributes = [], []
@@ -98,7 +99,7 @@ class LongPool:
 def captions_of(key: jax.Array, attributes: jax.Array) -> jax.Array:
     """Rows in the table of texts of random captions that fit [N]; some are empty."""
     hide_key, empty_key = jax.random.split(key)
-    hidden = common.hide_some(hide_key, attributes, SPECIFIED_SHARE)
+    hidden = base.hide_some(hide_key, attributes, SPECIFIED_SHARE)
     empty = jax.random.bernoulli(empty_key, EMPTY_SHARE, (len(attributes),))
     return jnp.where(empty, EMPTY, shapes.caption_index(hidden))
 
@@ -132,47 +133,6 @@ def long_pool(out, pool: Pool, key: jax.Array) -> LongPool:
     return LongPool(pool.latents[:LONG_CAPTIONS], long)
 
 
-def flow_matching_loss(velocity_fn, x_0: jax.Array, conditioning: Conditioning, key: jax.Array):
-    """mean |v(x_t, sigma, c) - (eps - x_0)|^2 with sigma = sigmoid(N(0.4, 1.2^2)).
-
-    Args:
-        velocity_fn: (x_t, sigma [N], conditioning) -> velocity.
-        x_0: scaled latents [N, h, w, C].
-        conditioning: [N, ...].
-        key: of sigma and eps.
-
-    Returns:
-        A scalar.
-    """
-    sigma_key, noise_key = jax.random.split(key)
-    n = x_0.shape[0]
-    # One stratum a sample: the spread of sigma within a batch is noise that can be spared.
-    uniform = (jnp.arange(n) + jax.random.uniform(sigma_key, (n,))) / n
-    normal = jax.scipy.special.ndtri(jnp.clip(uniform, 1e-5, 1.0 - 1e-5))
-    sigma = jax.nn.sigmoid(LOGIT_MEAN + LOGIT_STD * normal)
-    noise = jax.random.normal(noise_key, x_0.shape)
-    wide = sigma[:, None, None, None]
-    x_t = (1.0 - wide) * x_0 + wide * noise
-    return jnp.mean((velocity_fn(x_t, sigma, conditioning) - (noise - x_0)) ** 2)
-
-
-def make_loss(module: mmdit.MMDiT, buffers):
-    """The objective over the transformer's parameters; see `loop.Loss`."""
-
-    def loss(params, ema, extra, batch, key):
-        del ema
-        x_0, conditioning = batch
-        variables = {"params": params, **buffers}
-
-        def velocity(x_t, sigma, text):
-            with nn.intercept_methods(common.flat_dense):
-                return module.apply(variables, x_t, 1000.0 * sigma, text.tokens, text.pooled)
-
-        return flow_matching_loss(velocity, x_0, conditioning, key), ({}, extra)
-
-    return loss
-
-
 def run(session: Session) -> dict[str, Any]:
     """Trains the transformer; writes its exponential moving average."""
     init_key, pool_key, eval_key = jax.random.split(session.key("transformer-init"), 3)
@@ -182,11 +142,11 @@ def run(session: Session) -> dict[str, Any]:
     unseen = Pool(latents[:HELD_OUT], attributes[:HELD_OUT], text)
     module = model()
     example = jax.tree.map(lambda a: a[:1], text)
-    variables = common.initialise(
+    variables = base.initialise(
         module, init_key, latents[:1], jnp.zeros(1), example.tokens, example.pooled
     )
     params = variables.pop("params")
-    loss = make_loss(module, variables)
+    loss = stage.make_loss(module, variables)
     long = long_pool(session.out, pool, jax.random.fold_in(pool_key, 1))
 
     def draw(key):
@@ -195,7 +155,7 @@ def run(session: Session) -> dict[str, Any]:
         return draw_batch(pool, key, BATCH)
 
     params = fit(session, RECIPE, loss, params, draw).ema
-    size = common.save(session.out / "transformer", {"params": params, **variables}, STEM)
+    size = base.save(session.out / "transformer", {"params": params, **variables}, STEM)
     jitted, values = jax.jit(loss), []
     for key in jax.random.split(eval_key, 16):
         batch_key, noise_key = jax.random.split(key)

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.models import vae
+from pec_jax.shapes.pretraining import common as base
+from pec_jax.shapes.pretraining import skeleton as files
+from pec_jax.shapes.pretraining import vae as stage
 from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.world.pretraining import common, skeleton
 
 STEM = "diffusion_pytorch_model"
 BATCH = 32
-KL_WEIGHT = 1e-4
 RECIPE = Recipe("vae", steps=2500, learning_rate=4e-3, ema_decay=0.995, weight_decay=1e-4)
 
 
@@ -29,49 +31,38 @@ def model() -> vae.AutoencoderKL:
 
 def initialise(key: jax.Array):
     pixels = jnp.zeros((1, 64, 64, 3))
-    return common.initialise(model(), key, pixels)["params"]
+    return base.initialise(model(), key, pixels)["params"]
 
 
 def load(out: Path):
     """The variables that the stage wrote into a pipeline's directory."""
-    return common.load(out / "vae", model(), STEM, jnp.zeros((1, 64, 64, 3)))
-
-
-def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """KL(N(mean, exp logvar) || N(0, 1)) = (mean^2 + var - 1 - logvar) / 2, elementwise."""
-    return 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar)
+    return base.load(out / "vae", model(), STEM, jnp.zeros((1, 64, 64, 3)))
 
 
 def draw(key: jax.Array) -> jax.Array:
     """A batch of new images [BATCH, 64, 64, 3] in [-1, 1]."""
-    return common.to_pixels(common.draw_pictures(key, BATCH).images)
+    return base.to_pixels(common.draw_pictures(key, BATCH).images)
 
 
 def loss(params, ema, extra, pixels, key):
-    """One batch of the objective above; see `loop.Loss`."""
+    """The first world's objective; see `loop.Loss`."""
     del ema
-    module, variables = model(), {"params": params}
-    mean, logvar = module.apply(variables, pixels, method="encode")
-    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    error = module.apply(variables, latents, method="decode") - pixels
-    kl = jnp.mean(kl_divergence(mean, logvar))
-    square = jnp.mean(error**2)
-    value = jnp.mean(jnp.abs(error)) + square + KL_WEIGHT * kl
-    return value, ({"psnr": 10.0 * jnp.log10(4.0 / square), "kl": kl}, extra)
+    value, metrics = stage.objective(model(), params, pixels, key)
+    return value, (metrics, extra)
 
 
 @jax.jit
 def reconstruct(params, key: jax.Array):
     """Reconstruction error and latents of a batch of new images, through the posterior's mean."""
     images = common.draw_pictures(key, 128).images
-    pixels = common.to_pixels(images)
+    pixels = base.to_pixels(images)
     module, variables = model(), {"params": params}
     posterior: Any = module.apply(variables, pixels, method="encode")
     mean, logvar = posterior
     decoded: Any = module.apply(variables, mean, method="decode")
     decoded = jnp.clip(0.5 * decoded + 0.5, 0.0, 1.0)
     square = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
-    return square, jnp.mean(kl_divergence(mean, logvar)), mean
+    return square, jnp.mean(stage.kl_divergence(mean, logvar)), mean
 
 
 def run(session: Session) -> dict[str, float]:
@@ -86,8 +77,8 @@ def run(session: Session) -> dict[str, float]:
         "shift_factor": round(float(latents.mean()), 4),
     }
     directory = session.out / "vae"
-    skeleton.write_json(directory / "config.json", config)
-    size = common.save(directory, {"params": params}, STEM)
+    files.write_json(directory / "config.json", config)
+    size = base.save(directory, {"params": params}, STEM)
     return {
         "psnr_db": float(-10.0 * np.log10(square.mean())),
         "psnr_worst_percent_db": float(-10.0 * np.log10(np.quantile(square, 0.99))),

@@ -45,15 +45,3 @@ def test_preference_follows_utility(study):
 def test_the_two_crowds_are_not_the_same():
     first, second = (study.crowd() for study in (preferences.PICKSCORE, preferences.HPS))
     assert not np.allclose(first.finish, second.finish)
-
-
-def test_loss_is_lowest_where_scores_differ_by_the_log_odds():
-    preference = jnp.array([0.8])
-
-    def loss(gap):
-        return preferences.preference_loss(jnp.stack([gap, jnp.zeros(1)]), preference)
-
-    best = jnp.log(preference / (1 - preference))
-    np.testing.assert_allclose(jax.grad(lambda g: loss(g))(best), 0.0, atol=1e-6)
-    assert float(loss(best)) < float(loss(best + 0.5))
-    assert float(loss(best)) < float(loss(best - 0.5))
