@@ -1,7 +1,7 @@
 """Trains the embedded model from nothing: `python -m pec_jax.pretrain --out=DIR`.
 
 One command makes the whole shapes pipeline: a Stable Diffusion 3 directory in diffusers' layout
-and the three encoders beside it, in at most 45 minutes on two cores. Finished stages are skipped,
+and the five encoders beside it, in at most three hours on two cores. Finished stages are skipped,
 an interrupted stage resumes from its last snapshot, and the seed decides everything random.
 """
 
@@ -10,13 +10,18 @@ from __future__ import annotations
 import importlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from pec_jax import command_line
 from pec_jax.errors import exit_on_user_error
 
-STAGES = ("skeleton", "vae", "clip", "t5", "transformer", "dino", "pickscore", "report")
+if TYPE_CHECKING:
+    from pec_jax.shapes.pretraining.loop import Session
+
+PREFERENCES = ("pickscore", "pickscore_taste", "hps")
+STAGES = ("skeleton", "vae", "clip", "t5", "transformer", "dino", *PREFERENCES, "report")
 
 _OUT = command_line.required_string("out", "Directory of the pipeline to make.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), f"Stages to run, of {', '.join(STAGES)}.")
@@ -49,10 +54,16 @@ def main(argv: list[str]) -> None:
                 print(f"{stage}: done before, see {session.numbers_path(stage)}")
                 continue
             start = time.monotonic()
-            module = importlib.import_module(f"pec_jax.shapes.pretraining.{stage}")
-            numbers = module.run(session)
+            numbers = _run(stage, session)
             session.finish(stage, numbers | {"seconds": round(time.monotonic() - start, 1)})
             print(f"{stage}: {numbers}", flush=True)
+
+
+def _run(stage: str, session: Session) -> dict[str, Any]:
+    package = "pec_jax.shapes.pretraining"
+    if stage in PREFERENCES:
+        return importlib.import_module(f"{package}.preferences").run(session, stage)
+    return importlib.import_module(f"{package}.{stage}").run(session)
 
 
 if __name__ == "__main__":

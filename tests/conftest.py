@@ -30,13 +30,12 @@ CHECKED = [
     "pec_jax.perception.spaces",
     "pec_jax.rewards.clip",
     "pec_jax.rl",
+    "pec_jax.shapes.crowd",
+    "pec_jax.shapes.finish",
     "pec_jax.shapes.judge",
-    "pec_jax.world.crowd",
-    "pec_jax.world.finish",
-    "pec_jax.world.judge",
-    "pec_jax.world.objects",
-    "pec_jax.world.render",
-    "pec_jax.world.scenes",
+    "pec_jax.shapes.objects",
+    "pec_jax.shapes.render",
+    "pec_jax.shapes.scenes",
 ]
 
 

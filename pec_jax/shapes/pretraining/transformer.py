@@ -2,11 +2,13 @@
 
 x_t = (1 - sigma) x_0 + sigma eps, loss |v(x_t, sigma, c) - (eps - x_0)|^2, sigma logit-normal
 (Esser et al. 2024, section 3.1 and equation 19). Captions name random subsets of a scene's
-attributes, so the model learns both to obey and to vary; one in ten is empty, for guidance.
+attributes, so the model learns both to obey and to vary; one in ten is empty, for guidance. Now and
+then a batch's captions are padded to diffusers' 256 tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,21 +22,23 @@ from pec_jax.families.pipeline import load_text_stack
 from pec_jax.models import mmdit
 from pec_jax.models.vae import VAEConfig, scale_latents
 from pec_jax.shapes import scenes as shapes
-from pec_jax.shapes.pretraining import common, skeleton, vae
+from pec_jax.shapes.pretraining import common, skeleton, t5, tokenizers, vae
 from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.types import Conditioning
 
 STEM = "diffusion_pytorch_model"
 BATCH = 128
-POOL = 49152  # scenes encoded once; a step draws from them
+POOL = 65536  # scenes encoded once; a step draws from them
 HELD_OUT = 2048  # of the pool, never trained on
+LONG_LENGTH = 256  # of T5's part, diffusers' default
 EMPTY = shapes.NUM_CAPTIONS  # row of the empty prompt in the table of text embeddings
 EMPTY_SHARE = 0.1
-SPECIFIED_SHARE = 0.5
 LOGIT_MEAN, LOGIT_STD = 0.4, 1.2  # towards noise, where the shifted sampler spends its steps
+SPECIFIED_SHARE = 0.5
+LONG_EVERY, LONG_BATCH, LONG_CAPTIONS = 16, 48, 2048  # batches with 256 tokens, and their texts
 RECIPE = Recipe(
     "transformer",
-    steps=6000,
+    steps=12000,
     learning_rate=2e-3,
     weight_decay=0.01,
     warmup=200,
@@ -46,9 +50,9 @@ RECIPE = Recipe(
 class Pool:
     """Training data on the device: latents, what they show, and the text of every caption."""
 
-    latents: jax.Array  # [M, 8, 8, 4] scaled
-    attributes: jax.Array  # [M, 5]
-    text: Conditioning  # [2431, ...] by caption_index; the last is the empty prompt
+    latents: jax.Array  # [M, 8, 8, 16] scaled
+    attributes: jax.Array  # [M, 6]
+    text: Conditioning  # [17641, ...] by caption_index; the last is the empty prompt
 
 
 def model() -> mmdit.MMDiT:
@@ -61,7 +65,7 @@ def text_table(out) -> Conditioning:
 
 
 def encode_pool(out, key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Scaled latents [size, 8, 8, 4] of random scenes (the posterior's mean), and attributes."""
+    """Scaled latents [size, 8, 8, 16] of random scenes (the posterior's mean), and attributes."""
     config = VAEConfig.from_dict(skeleton.read_json(out / "vae" / "config.json"))
     params = vae.load(out)
 
@@ -72,21 +76,55 @@ def encode_pool(out, key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
     latents, attributes = [], []
     for batch_key in jax.random.split(key, size // 512):
-        images, drawn = common.draw_images(batch_key, 512)
-        latents.append(encode(params, images))
-        attributes.append(drawn)
+        drawn = common.draw_pictures(batch_key, 512)
+        latents.append(encode(params, drawn.images))
+        attributes.append(drawn.attributes)
     return jnp.concatenate(latents), jnp.concatenate(attributes)
+
+
+@struct.dataclass
+class LongPool:
+    """Some latents with one caption each, padded as diffusers does by default."""
+
+    latents: jax.Array  # [LONG_CAPTIONS, 8, 8, 16] scaled
+    text: Conditioning  # [LONG_CAPTIONS, 14 + 256, ...]
+
+
+def captions_of(key: jax.Array, attributes: jax.Array) -> jax.Array:
+    """Rows in the table of texts of random captions that fit [N]; some are empty."""
+    hide_key, empty_key = jax.random.split(key)
+    hidden = common.hide_some(hide_key, attributes, SPECIFIED_SHARE)
+    empty = jax.random.bernoulli(empty_key, EMPTY_SHARE, (len(attributes),))
+    return jnp.where(empty, EMPTY, shapes.caption_index(hidden))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def draw_batch(pool: Pool, key: jax.Array, n: int) -> tuple[jax.Array, Conditioning]:
     """n latents of the pool with random captions that fit them."""
-    row_key, hide_key, empty_key = jax.random.split(key, 3)
+    row_key, caption_key = jax.random.split(key)
     rows = jax.random.randint(row_key, (n,), 0, pool.latents.shape[0])
-    hidden = common.hide_some(hide_key, pool.attributes[rows], SPECIFIED_SHARE)
-    empty = jax.random.bernoulli(empty_key, EMPTY_SHARE, (n,))
-    captions = jnp.where(empty, EMPTY, shapes.caption_index(hidden))
+    captions = captions_of(caption_key, pool.attributes[rows])
     return pool.latents[rows], jax.tree.map(lambda table: table[captions], pool.text)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def draw_long_batch(pool: LongPool, key: jax.Array, n: int) -> tuple[jax.Array, Conditioning]:
+    """n latents of the pool with their long captions."""
+    rows = jax.random.randint(key, (n,), 0, pool.latents.shape[0])
+    return jax.tree.map(lambda table: table[rows], (pool.latents, pool.text))
+
+
+def long_pool(out, pool: Pool, key: jax.Array) -> LongPool:
+    """The first latents of a pool with captions of 256 tokens."""
+    captions = np.asarray(captions_of(key, pool.attributes[:LONG_CAPTIONS]))
+    ids = t5.token_ids(out / "tokenizer_3", [*shapes.all_captions(), ""], LONG_LENGTH)[captions]
+    module, variables = t5.load(out)
+    encode = jax.jit(lambda ids: module.apply(variables, ids))
+    tokens = jnp.concatenate([encode(part) for part in np.split(ids, LONG_CAPTIONS // 128)])
+    short = jax.tree.map(lambda table: table[captions], pool.text)
+    clip_tokens = short.tokens[:, : tokenizers.MAX_LENGTH]  # both CLIP towers, side by side
+    long = dataclasses.replace(short, tokens=jnp.concatenate([clip_tokens, tokens], axis=1))
+    return LongPool(pool.latents[:LONG_CAPTIONS], long)
 
 
 def flow_matching_loss(velocity_fn, x_0: jax.Array, conditioning: Conditioning, key: jax.Array):
@@ -144,7 +182,14 @@ def run(session: Session) -> dict[str, Any]:
     )
     params = variables.pop("params")
     loss = make_loss(module, variables)
-    params = fit(session, RECIPE, loss, params, lambda key: draw_batch(pool, key, BATCH)).ema
+    long = long_pool(session.out, pool, jax.random.fold_in(pool_key, 1))
+
+    def draw(key):
+        if int(jax.random.bits(key)) % LONG_EVERY == 0:
+            return draw_long_batch(long, key, LONG_BATCH)
+        return draw_batch(pool, key, BATCH)
+
+    params = fit(session, RECIPE, loss, params, draw).ema
     size = common.save(session.out / "transformer", {"params": params, **variables}, STEM)
     jitted, values = jax.jit(loss), []
     for key in jax.random.split(eval_key, 16):

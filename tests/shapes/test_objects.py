@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.world import judge, objects
+from pec_jax.shapes import judge, objects
 
 STEP = 4.0 / 1024
 AXIS = (np.arange(1024) + 0.5) * STEP - 2.0

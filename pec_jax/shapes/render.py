@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pec_jax.world import finish as finishes
-from pec_jax.world import objects
-from pec_jax.world.finish import Finish
-from pec_jax.world.objects import coverage
-from pec_jax.world.scenes import CENTER, IMAGE_SIZE, KIND, MAX_OBJECTS, Scene
+from pec_jax.shapes import finish as finishes
+from pec_jax.shapes import objects
+from pec_jax.shapes.finish import Finish
+from pec_jax.shapes.objects import coverage
+from pec_jax.shapes.scenes import CENTER, IMAGE_SIZE, KIND, MAX_OBJECTS, Scene
 
 
 def grid(tilt: Float[Array, " n"]) -> tuple[Array, Array]:

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.world import crowd as crowds
-from pec_jax.world import finish
-from pec_jax.world import scenes as shapes
-from pec_jax.world.pretraining import preferences
-
-STUDIES = (preferences.PICKSCORE, preferences.TASTE, preferences.HPS)
+from pec_jax.shapes import crowd as crowds
+from pec_jax.shapes import finish
+from pec_jax.shapes import scenes as shapes
+from pec_jax.shapes.pretraining import preferences
 
 
 def test_pairs_err_in_what_the_caption_names_and_not_always():
@@ -30,7 +28,7 @@ def test_pictures_are_as_on_the_web_and_better():
     assert np.mean(score < 0.4) > 0.2 and np.mean(score > 0.8) > 0.15
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", preferences.STUDIES.values(), ids=lambda study: study.name)
 def test_preference_follows_utility(study):
     batch = preferences.draw_pairs(study.crowd(), jax.random.key(0), 64)
     difference = np.asarray(batch["utilities"][0] - batch["utilities"][1])
@@ -45,3 +43,15 @@ def test_preference_follows_utility(study):
 def test_the_two_crowds_are_not_the_same():
     first, second = (study.crowd() for study in (preferences.PICKSCORE, preferences.HPS))
     assert not np.allclose(first.finish, second.finish)
+
+
+def test_loss_is_lowest_where_scores_differ_by_the_log_odds():
+    preference = jnp.array([0.8])
+
+    def loss(gap):
+        return preferences.preference_loss(jnp.stack([gap, jnp.zeros(1)]), preference)
+
+    best = jnp.log(preference / (1 - preference))
+    np.testing.assert_allclose(jax.grad(lambda g: loss(g))(best), 0.0, atol=1e-6)
+    assert float(loss(best)) < float(loss(best + 0.5))
+    assert float(loss(best)) < float(loss(best - 0.5))

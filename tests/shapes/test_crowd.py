@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.world import crowd, finish, scenes
+from pec_jax.shapes import crowd, finish, scenes
 
 N = 4096
 

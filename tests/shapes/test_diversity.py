@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.world import diversity, scenes
+from pec_jax.shapes import diversity, scenes
 
 VALID = jnp.ones((512, 16), bool)
 

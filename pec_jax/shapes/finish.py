@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from pec_jax.world.scenes import IMAGE_SIZE
+from pec_jax.shapes.scenes import IMAGE_SIZE
 
 DEFECTS = ("focus", "noise", "contrast", "exposure", "framing")
 LEVEL = (3.0, 2.0)  # Beta's parameters

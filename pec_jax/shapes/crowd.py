@@ -20,8 +20,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pec_jax.world import finish as finishes
-from pec_jax.world import scenes
+from pec_jax.shapes import finish as finishes
+from pec_jax.shapes import scenes
 
 FINISH, FAITHFULNESS, HARMONY = 5.0, 3.0, 0.8
 WEIGHT_SPREAD = 0.3  # standard deviation of a rater's log-weights

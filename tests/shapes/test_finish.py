@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pec_jax.world import finish
+from pec_jax.shapes import finish
 
 KEY = jax.random.key(0)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pec_jax.world import scenes
+from pec_jax.shapes import scenes
 
 
 def attribute_entropy(
