@@ -25,7 +25,7 @@ from pec_jax.training.trainer import train
 from pec_jax.weights.tensors import WeightsError, read_file
 from tests.conftest import ROOT, small_config_dict
 
-PROMPTS = ("a small red circle on a dark background", "a large blue cross at the top")
+PROMPTS = ("a small red cat in the snow", "two large blue stars at the top")
 LENGTH = 14  # tokens of the embedded T5
 LORA, WEIGHTS = "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"
 STEPS = 4

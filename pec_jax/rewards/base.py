@@ -65,6 +65,8 @@ class Reward:
         network: key of the variables that both get, see `Networks`; '' for none ({}).
         input_shapes: N -> what `prepare` returns, as shapes; None where it can run without
             weights.
+        diversity: of each prompt's images, as `score` is called -> [P] fp32; pure, evaluated as
+            `diversity/<name>`. None for a reward that sees no more of an image than how good it is.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Reward:
     prepare: Callable[[PyTree, Sequence[Prompt]], PyTree] = nothing_per_prompt
     network: str = ""
     input_shapes: Callable[[int], PyTree] | None = None
+    diversity: Callable[[PyTree, Array, PyTree], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,19 @@ class CombinedReward:
         terms = [self.weights[name] * parts[name] for name in parts if self.weights[name]]
         return sum(terms, jnp.zeros(images.shape[:2], jnp.float32)), parts
 
+    def diversity(
+        self,
+        networks: Mapping[str, PyTree],
+        images: Float[Array, "p k h w 3"],
+        inputs: Mapping[str, PyTree],
+    ) -> dict[str, Float[Array, " p"]]:
+        """The diversity of P groups, by the rewards that can tell; arguments as of `score`."""
+        return {
+            name: reward.diversity(variables_of(reward, networks), images, inputs[name])
+            for name, reward in self.rewards.items()
+            if reward.diversity
+        }
+
 
 def variables_of(reward: Reward, networks: Mapping[str, PyTree]) -> PyTree:
     """The variables a reward asks for."""

@@ -6,11 +6,12 @@
 | `diversity/<encoder>` | mean pairwise Euclidean distance of a prompt's raw features |
 | `diversity/vendi_<encoder>` | Vendi score of a prompt's images, cosine kernel |
 | `diversity/variance_<encoder>` | mean squared distance of unit features to their group's mean |
+| `diversity/<reward>` | as the reward has it; `attributes`: entropy of what a prompt leaves open |
 | `entropy/<estimator>_<encoder>` | perceptual entropy, nats per dimension, of the images |
 | `entropy/output` | entropy of the latents given the prompt, nats per dimension, along the ODE |
 | `entropy/output_error` | its standard error over prompts |
 
-The first four are means over prompts; `<name>/low` and `<name>/high` bound their 95% bootstrap
+The first five are means over prompts; `<name>/low` and `<name>/high` bound their 95% bootstrap
 interval over prompts.
 """
 
@@ -90,9 +91,8 @@ class Evaluator:
         joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
         features = put_replicated(joined["features"], self._mesh)
         entropies = jax.device_get(self._entropies(features))
-        return summarise(joined["scores"], joined["features"]) | {
-            name: float(value) for name, value in entropies.items()
-        }
+        numbers = summarise(joined["scores"], joined["features"], joined["diversities"])
+        return numbers | {name: float(value) for name, value in entropies.items()}
 
     def output_entropy(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Entropy of what is drawn, on the first `eval.groups` held-out prompts."""
@@ -155,14 +155,15 @@ def output_entropy_function(experiment: Experiment) -> Callable[..., tuple[Array
 
 
 def measure_function(experiment: Experiment) -> Callable[..., dict[str, PyTree]]:
-    """(frozen, batch, images [P, N, H, W, 3]) -> scores {reward: [P, N]}, features [P, N, d]."""
+    """(frozen, batch, images [P, N, H, W, 3]) -> the arguments of `summarise`."""
 
     def measure(frozen: Frozen, batch: Batch, images: Array) -> dict[str, PyTree]:
         _, scores = experiment.rewards.score(frozen.networks, images, batch.reward_inputs)
         features = {
             name: space.of_images(frozen, images) for name, space in experiment.spaces.items()
         }
-        return {"scores": scores, "features": features}
+        diversities = experiment.rewards.diversity(frozen.networks, images, batch.reward_inputs)
+        return {"scores": scores, "features": features, "diversities": diversities}
 
     return measure
 
@@ -172,9 +173,22 @@ def _unit_variance(features: Array) -> Array:
     return perceptual_variance(scale_features(features, "unit"))
 
 
-def summarise(scores: dict[str, np.ndarray], features: dict[str, np.ndarray]) -> dict[str, float]:
-    """Numbers and intervals from scores {reward: [P, N]} and raw features {encoder: [P, N, d]}."""
+def summarise(
+    scores: dict[str, np.ndarray],
+    features: dict[str, np.ndarray],
+    diversities: dict[str, np.ndarray],
+) -> dict[str, float]:
+    """Numbers and intervals.
+
+    Args:
+        scores: reward to [P, N].
+        features: encoder to raw features [P, N, d].
+        diversities: reward to [P]; nan for a prompt of which it can say nothing.
+    """
     per_prompt = {f"quality/{name}": value.mean(axis=1) for name, value in scores.items()}
+    for name, value in diversities.items():
+        if np.isfinite(value).any():
+            per_prompt[f"diversity/{name}"] = value[np.isfinite(value)]
     for name, value in features.items():
         per_prompt[f"diversity/{name}"] = metrics.mean_pairwise_distance(value)
         per_prompt[f"diversity/vendi_{name}"] = metrics.vendi_score(value)

@@ -14,7 +14,7 @@ from pec_jax.inference import draw as sampling
 from pec_jax.io import read_json, write_json
 from pec_jax.weights.tensors import WeightsError
 
-PROMPTS = ("a small red circle on a dark background", "a shape")
+PROMPTS = ("a small red cat in the snow", "a thing")
 T5_LENGTH = 14  # tokens of the embedded tokenizers
 # Name -> (family, transformer entries, height, width).
 CASES = {

@@ -29,7 +29,7 @@ from pec_jax.perception.hugging_face import load_encoder
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
-CAPTIONS = ["a small red circle on a dark background", "a shape", ""]
+CAPTIONS = ["a small red cat in the snow", "a thing", ""]
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:

@@ -27,7 +27,7 @@ from pec_jax.weights.tensors import write_tensors
 from tests.conftest import on_eight_devices, small_config_dict
 
 OWN = SHAPES_DIRECTORY / "encoders"
-IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 32, 32, 3))
+IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 64, 64, 3))
 TEXT = jnp.ones((2, 64))
 
 

@@ -21,8 +21,8 @@ def scenes_of(caption):
 
 def test_each_image_is_scored_against_its_own_prompt():
     reward = REWARDS["attributes"].make(RewardOptions(), None)
-    inputs = reward.prepare({}, [Prompt("a red circle"), Prompt("a blue square")])
-    red, blue = scenes_of("a red circle"), scenes_of("a blue square")
+    inputs = reward.prepare({}, [Prompt("a red cat"), Prompt("a blue house")])
+    red, blue = scenes_of("a red cat"), scenes_of("a blue house")
     images = jnp.stack([jnp.concatenate([red, blue[:1]]), jnp.concatenate([blue, red[:1]])])
     scores = jax.jit(reward.score)({}, images, inputs)
     np.testing.assert_allclose(scores, [[1, 1, 0], [1, 1, 0]])
@@ -32,6 +32,6 @@ def test_each_image_is_scored_against_its_own_prompt():
 def test_what_is_not_finite_is_not_hidden():
     reward = REWARDS["attributes"].make(RewardOptions(), None)
     scores = reward.score(
-        {}, jnp.full((1, 1, 32, 32, 3), jnp.nan), reward.prepare({}, [Prompt("a shape")])
+        {}, jnp.full((1, 1, 64, 64, 3), jnp.nan), reward.prepare({}, [Prompt("a thing")])
     )
     assert np.isnan(scores).all()
