@@ -1,17 +1,18 @@
-"""Stage `dino`: a vision transformer by self-distillation; it never sees a caption or a label.
+"""Stage `dino`: a vision transformer that sees no captions, and is told of no attribute.
 
-Two photographs are taken of every scene, each with its own finish. A student sees each with a part
-of its patches hidden, a teacher (the student's moving average) sees them whole; from one photograph
-the student learns what the teacher says of the other (Caron et al. 2021, algorithm 1; Assran et al.
-2022, section 3, for hidden patches in place of crops, after which sizes and places would not
-matter). So the features keep the scene, and drop focus, noise, contrast, exposure and tilt.
+Two photographs are taken of every scene, moments apart: things have moved a little, the light has
+changed a little, and each photograph has its own finish. A student sees one, a teacher (the
+student's moving average) the other, and the student learns which of the teacher's photographs shows
+its scene (Chen et al. 2021, MoCo v3, algorithm 1, without its heads). So the features keep what
+makes a scene, and drop focus, noise, contrast, exposure, tilt and small shifts.
 
-The teacher's outputs are centred by Sinkhorn-Knopp, which gives every prototype its equal share
-(Caron et al. 2020, section 3.1; used so in DINOv2): a running mean let these small networks
-collapse to two clusters, light and dark. The share is that of an album: all its pictures fit one
-caption, as the images of a prompt do when the entropy of their features is taken, so that what
-tells them apart is what that caption leaves open. In batches of all scenes, colours and backgrounds
-suffice, and nothing else is learned.
+The architecture is DINO's, the objective is not: self-distillation over prototypes (Caron et al.
+2021) learned colours and backgrounds and hardly more in the steps that a laptop has.
+
+The other pictures are those of an album: all fit one caption, as the images of a prompt do when the
+entropy of their features is taken, so that what tells them apart is what that caption leaves open.
+In batches of all scenes, colours and backgrounds suffice. There is no projection head, so that the
+cosine of two class tokens is what is trained: behind a head they need not keep what is small.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pec_jax.models import vit
-from pec_jax.shapes import finish, render
+from pec_jax.shapes import finish
 from pec_jax.shapes import scenes as shapes
 from pec_jax.shapes.pretraining import common, skeleton
 from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
@@ -32,14 +33,11 @@ Array = jax.Array
 
 ALBUMS, ALBUM = 2, 48  # albums of a batch, and scenes of an album
 LEAST_OPEN = 0.3  # least probability of an attribute to be open in an album's caption
-HIDDEN_SHARE = 0.6  # largest share of a photograph's patches that the student does not see
-PROTOTYPES, BOTTLENECK = 512, 64
-STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.06
-SINKHORN_ROUNDS = 3
+TEMPERATURE = 0.1
 NEIGHBOURS = 10
 REFERENCES = 16384  # images whose labels the neighbours give
 RECIPE = Recipe(
-    "dino", steps=2500, learning_rate=1e-3, weight_decay=0.04, warmup=150, ema_decay=0.99
+    "dino", steps=2500, learning_rate=2e-3, weight_decay=0.04, warmup=100, ema_decay=0.99
 )
 
 
@@ -47,127 +45,63 @@ def model() -> vit.ViTModel:
     return vit.ViTModel(vit.ViTConfig.from_dict(skeleton.VIT))
 
 
-def initial_head(key: Array, width: int) -> dict[str, Array]:
-    """The projection head: two layers, a bottleneck on the sphere, unit prototypes."""
-    keys = jax.random.split(key, 3)
-    hidden = 2 * width
-    return {
-        "fc1": jax.random.normal(keys[0], (width, hidden)) * width**-0.5,
-        "bias1": jnp.zeros(hidden),
-        "fc2": jax.random.normal(keys[1], (hidden, BOTTLENECK)) * hidden**-0.5,
-        "prototypes": jax.random.normal(keys[2], (BOTTLENECK, PROTOTYPES)),
-    }
+def contrastive_loss(student: Array, teacher: Array) -> Array:
+    """InfoNCE within albums: which of the teacher's photographs shows the student's scene?
 
-
-def apply_head(head: dict[str, Array], features: Array) -> Array:
-    """Class-token features [N, D] -> logits over prototypes [N, PROTOTYPES], in [-1, 1]."""
-    x = jax.nn.gelu(features @ head["fc1"] + head["bias1"])
-    return common.normalise(x @ head["fc2"]) @ common.normalise(head["prototypes"].T).T
-
-
-def sinkhorn(logits: Array) -> Array:
-    """Soft assignments that use every prototype equally: rows sum to 1, columns to N / K.
-
-    Alternating normalisation of Q = exp(logits / tau_t).
+    L = -mean_i log softmax_j(cos(s_i, t_j) / TEMPERATURE)_i
 
     Args:
-        logits: the teacher's [N, K].
-
-    Returns:
-        [N, K], rows summing to 1.
-
-    Source: Cuturi 2013; Caron et al. 2020, equation 4.
-    """
-    log_q = logits / TEACHER_TEMPERATURE
-    for _ in range(SINKHORN_ROUNDS):
-        log_q -= jax.scipy.special.logsumexp(log_q, axis=0, keepdims=True)
-        log_q -= jax.scipy.special.logsumexp(log_q, axis=1, keepdims=True)
-    return jnp.exp(log_q)
-
-
-def distillation_loss(student: Array, targets: Array) -> Array:
-    """Cross-entropy of the student under the teacher, each of the other photograph.
-
-    L = -mean over photographs s != t of sum_k q_tk log softmax(g_s / tau_s)_k
-
-    Args:
-        student: logits [2, N, K].
-        targets: the teacher's assignments q [2, N, K].
+        student: features of photographs [A, N, d], of N scenes in each of A albums.
+        teacher: of the other photograph of each scene, [A, N, d]; no gradient flows to it.
 
     Returns:
         A scalar, nats.
     """
-    log_probs = jax.nn.log_softmax(student / STUDENT_TEMPERATURE, axis=-1)
-    return -jnp.mean(jnp.sum(targets[::-1] * log_probs, axis=-1))
+    teacher = jax.lax.stop_gradient(common.normalise(teacher))
+    cosines = jnp.einsum("aid,ajd->aij", common.normalise(student), teacher)
+    log_probs = jax.nn.log_softmax(cosines / TEMPERATURE, axis=-1)
+    return -jnp.mean(jnp.diagonal(log_probs, axis1=-2, axis2=-1))
 
 
 @jax.jit
-def album(key: Array) -> shapes.Scene:
-    """Scenes that all fit one random caption."""
-    scene_key, share_key, hide_key, sample_key = jax.random.split(key, 4)
+def album(key: Array) -> Array:
+    """Attributes [ALBUM, 6] of scenes that all fit one random caption."""
+    scene_key, share_key, hide_key, fill_key = jax.random.split(key, 4)
     one = shapes.fill_open(scene_key, jnp.full((1, len(shapes.ATTRIBUTES)), shapes.OPEN))
     share = jax.random.uniform(share_key, (1, 1), minval=LEAST_OPEN)
     named = shapes.hide(hide_key, one, share)
-    return shapes.sample_scene(sample_key, jnp.tile(named, (ALBUM, 1)))
+    return shapes.fill_open(fill_key, jnp.tile(named, (ALBUM, 1)))
 
 
 @jax.jit
-def photograph(key: Array, scene: shapes.Scene) -> Array:
+def photograph(key: Array, attributes: Array) -> Array:
     """Pictures [N, 64, 64, 3] in [0, 1] of scenes, with the finish of the web."""
-    defect_key, sign_key, grain_key = jax.random.split(key, 3)
-    defects = finish.draw_defects(defect_key, len(scene.attributes))
-    return render.render(grain_key, scene, finish.from_defects(sign_key, defects))
+    defect_key, picture_key = jax.random.split(key)
+    return common.take(picture_key, attributes, finish.draw_defects(defect_key, len(attributes)))
 
 
-@jax.jit
-def hide_patches(key: Array, pixels: Array) -> Array:
-    """Some patches of each picture made grey: up to HIDDEN_SHARE of them; pixels in [-1, 1]."""
-    share_key, patch_key = jax.random.split(key)
-    patch = skeleton.VIT["patch_size"]
-    n, side = pixels.shape[0], shapes.IMAGE_SIZE // patch
-    share = jax.random.uniform(share_key, (n, 1, 1), maxval=HIDDEN_SHARE)
-    seen = jax.random.uniform(patch_key, (n, side, side)) >= share
-    seen = jnp.repeat(jnp.repeat(seen, patch, axis=1), patch, axis=2)
-    return pixels * seen[..., None]
-
-
-def draw(key: Array) -> dict[str, Array]:
-    """Two photographs of each scene of a batch.
-
-    Returns:
-        `whole` and `hidden`, [2, ALBUMS * ALBUM, 64, 64, 3] in [-1, 1].
-    """
-    scene_keys, photo_keys, hide_keys = (jax.random.split(k, 2) for k in jax.random.split(key, 3))
-    albums = [album(k) for k in jax.random.split(scene_keys[0], ALBUMS)]
-    scene = jax.tree.map(lambda *parts: jnp.concatenate(parts), *albums)
-    whole = [common.to_pixels(photograph(k, scene)) for k in photo_keys]
-    hidden = [hide_patches(k, pixels) for k, pixels in zip(hide_keys, whole)]
-    return {"whole": jnp.stack(whole), "hidden": jnp.stack(hidden)}
+def draw(key: Array) -> Array:
+    """Two photographs of each scene, [2, ALBUMS * ALBUM, 64, 64, 3] in [-1, 1]."""
+    album_key, *photo_keys = jax.random.split(key, 3)
+    attributes = jnp.concatenate([album(k) for k in jax.random.split(album_key, ALBUMS)])
+    return common.to_pixels(jnp.stack([photograph(k, attributes) for k in photo_keys]))
 
 
 def make_loss(module: vit.ViTModel):
-    """DINO's objective; `ema` is the teacher; see `loop.Loss`."""
+    """Momentum contrast of the two photographs, each way; `ema` is the teacher; see `loop.Loss`."""
 
-    def loss(params, ema, extra, batch, key):
+    def loss(params, ema, extra, photographs, key):
         del key
 
-        def logits(variables, pixels):
-            flat = pixels.reshape(-1, *pixels.shape[2:])
-            features = module.apply({"params": variables["vit"]}, flat)[:, 0]
-            return apply_head(variables["head"], features).reshape(*pixels.shape[:2], -1)
+        def features(params):
+            pixels = photographs.reshape(-1, *photographs.shape[2:])
+            tokens: Any = module.apply({"params": params}, pixels)
+            return tokens[:, 0].reshape(2, ALBUMS, ALBUM, -1)
 
-        teacher = logits(ema, batch["whole"])
-        by_album = teacher.reshape(2, ALBUMS, ALBUM, -1).transpose(1, 0, 2, 3)
-        assigned = jax.vmap(sinkhorn)(by_album.reshape(ALBUMS, 2 * ALBUM, -1))
-        assigned = assigned.reshape(by_album.shape).transpose(1, 0, 2, 3)
-        targets = jax.lax.stop_gradient(assigned.reshape(teacher.shape))
-        mean = jnp.mean(targets, axis=(0, 1))
-        metrics = {
-            # Collapse shows as a marginal entropy near 0, or as targets as flat as the marginal.
-            "marginal_entropy": -jnp.sum(mean * jnp.log(mean + 1e-9)),
-            "target_entropy": -jnp.mean(jnp.sum(targets * jnp.log(targets + 1e-9), axis=-1)),
-        }
-        return distillation_loss(logits(params, batch["hidden"]), targets), (metrics, extra)
+        student, teacher = features(params), features(ema)
+        there = contrastive_loss(student[0], teacher[1])
+        back = contrastive_loss(student[1], teacher[0])
+        return 0.5 * (there + back), ({}, extra)
 
     return loss
 
@@ -204,13 +138,10 @@ def evaluate(params, key: Array) -> dict[str, float]:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Trains student and teacher; writes the teacher to encoders/dino."""
-    init_key, head_key, eval_key = jax.random.split(session.key("dino-init"), 3)
+    """Trains the student; writes its moving average to encoders/dino."""
+    init_key, eval_key = jax.random.split(session.key("dino-init"))
     pixels = jnp.zeros((1, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3))
-    params = {
-        "vit": common.spread_positions(common.initialise(model(), init_key, pixels)["params"]),
-        "head": initial_head(head_key, skeleton.VIT["hidden_size"]),
-    }
-    teacher = fit(session, RECIPE, make_loss(model()), params, draw).ema["vit"]
+    params = common.spread_positions(common.initialise(model(), init_key, pixels)["params"])
+    teacher = fit(session, RECIPE, make_loss(model()), params, draw).ema
     size = common.save(session.out / "encoders" / "dino", {"params": teacher}, "model")
     return evaluate(teacher, eval_key) | {"bytes": size}

@@ -27,7 +27,7 @@ from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 from pec_jax.types import Conditioning
 
 STEM = "diffusion_pytorch_model"
-BATCH = 128
+BATCH = 64
 POOL = 65536  # scenes encoded once; a step draws from them
 HELD_OUT = 2048  # of the pool, never trained on
 LONG_LENGTH = 256  # of T5's part, diffusers' default
@@ -35,14 +35,14 @@ EMPTY = shapes.NUM_CAPTIONS  # row of the empty prompt in the table of text embe
 EMPTY_SHARE = 0.1
 LOGIT_MEAN, LOGIT_STD = 0.4, 1.2  # towards noise, where the shifted sampler spends its steps
 SPECIFIED_SHARE = 0.5
-LONG_EVERY, LONG_BATCH, LONG_CAPTIONS = 16, 48, 2048  # batches with 256 tokens, and their texts
+LONG_EVERY, LONG_BATCH, LONG_CAPTIONS = 16, 16, 2048  # batches with 256 tokens, and their texts
 RECIPE = Recipe(
     "transformer",
-    steps=12000,
-    learning_rate=2e-3,
-    weight_decay=0.01,
+    steps=12500,
+    learning_rate=1.5e-3,
     warmup=200,
-    ema_decay=0.997,
+    weight_decay=0.01,
+    ema_decay=0.9985,
 )
 
 
