@@ -42,7 +42,7 @@ def ours():
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Initial latents [3, C, h, w], as an array and as a file."""
-    latents = np.random.default_rng(0).normal(size=(3, 16, 8, 8)).astype(np.float32)
+    latents = np.random.default_rng(0).normal(size=(3, 4, 16, 16)).astype(np.float32)
     path = tmp_path_factory.mktemp("latents") / "start.npy"
     np.save(path, latents)
     return latents, path
@@ -160,7 +160,7 @@ def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((2, 16, 8, 8), np.float32), np.zeros((1, 16, 8, 8), np.int64)]
+    "array", [np.zeros((2, 4, 16, 16), np.float32), np.zeros((1, 4, 16, 16), np.int64)]
 )
 def test_latents_of_the_wrong_kind_are_refused(tmp_path, array):
     np.save(tmp_path / "bad.npy", array)

@@ -59,7 +59,7 @@ COLOR_JITTER = 0.04  # of an object
 BACKGROUND_JITTER = 0.015  # of sky and ground
 
 # Radius in px by size and number: fewer objects have more room.
-RADII = np.array([(9.0, 8.0, 5.9), (14.0, 12.0, 8.1)], np.float32)  # [size, number]
+RADII = np.array([(10.0, 9.0, 6.7), (14.5, 12.2, 8.2)], np.float32)  # [size, number]
 RADIUS_JITTER = 0.04
 SPACING = (0.0, 15.0, 21.3)  # px from the middle object, or half of two objects' distance
 STRIP = 15.5  # px between the image's centre and the line of objects, unless in the middle

@@ -87,7 +87,7 @@ class TestWrite:
     def test_diffusers_samples_what_we_sample(self, tmp_path, ours, pipe, params, rank, alpha):
         adapter = random_lora(params, rank=rank)
         write_lora(tmp_path, adapter, alpha)
-        noise = np.random.default_rng(1).normal(size=(2, 8, 8, 16)).astype(np.float32)
+        noise = np.random.default_rng(1).normal(size=(2, 16, 16, 4)).astype(np.float32)
 
         def theirs():
             return pipe(
@@ -200,7 +200,7 @@ class TestReadWhatPeftTrained:
         rng = np.random.default_rng(0)
         latents, tokens, pooled = (
             rng.normal(size=shape).astype(np.float32)
-            for shape in ((2, 8, 8, 16), (2, LENGTH, 128), (2, 128))
+            for shape in ((2, 16, 16, 4), (2, LENGTH, 128), (2, 128))
         )
         timestep = np.asarray([900.0, 300.0], np.float32)
 

@@ -50,7 +50,7 @@ RECIPE = Recipe(
 class Pool:
     """Training data on the device: latents, what they show, and the text of every caption."""
 
-    latents: jax.Array  # [M, 8, 8, 16] scaled
+    latents: jax.Array  # [M, 16, 16, 4] scaled
     attributes: jax.Array  # [M, 6]
     text: Conditioning  # [17641, ...] by caption_index; the last is the empty prompt
 
@@ -65,7 +65,7 @@ def text_table(out) -> Conditioning:
 
 
 def encode_pool(out, key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Scaled latents [size, 8, 8, 16] of random scenes (the posterior's mean), and attributes."""
+    """Scaled latents [size, 16, 16, 4] of random scenes (the posterior's mean), and attributes."""
     config = VAEConfig.from_dict(skeleton.read_json(out / "vae" / "config.json"))
     params = vae.load(out)
 
@@ -86,7 +86,7 @@ def encode_pool(out, key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 class LongPool:
     """Some latents with one caption each, padded as diffusers does by default."""
 
-    latents: jax.Array  # [LONG_CAPTIONS, 8, 8, 16] scaled
+    latents: jax.Array  # [LONG_CAPTIONS, 16, 16, 4] scaled
     text: Conditioning  # [LONG_CAPTIONS, 14 + 256, ...]
 
 

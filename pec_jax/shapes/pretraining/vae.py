@@ -1,4 +1,4 @@
-"""Stage `vae`: the autoencoder between 64 x 64 images and 8 x 8 x 16 latents.
+"""Stage `vae`: the autoencoder between 64 x 64 images and 16 x 16 x 4 latents.
 
 Loss: |x - x^| + (x - x^)^2 + w KL(q(z|x) || N(0, I)), means over pixels and latents
 (Kingma & Welling 2014; Rombach et al. 2022, section 3.1, without the adversary).
@@ -19,8 +19,8 @@ from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 
 STEM = "diffusion_pytorch_model"
 BATCH = 8  # small: at equal time, more steps are worth more than larger ones
-KL_WEIGHT = 1e-4
-RECIPE = Recipe("vae", steps=9000, learning_rate=2e-3, ema_decay=0.995, weight_decay=1e-4)
+KL_WEIGHT = 3e-4
+RECIPE = Recipe("vae", steps=9000, learning_rate=2.5e-3, ema_decay=0.995, weight_decay=1e-4)
 
 
 def model() -> vae.AutoencoderKL:

@@ -13,7 +13,7 @@ from pec_jax.types import Conditioning
 
 def test_the_true_velocity_has_no_loss():
     """With x_0 = 0, x_t = sigma eps and the velocity eps is x_t / sigma."""
-    x_0 = jnp.zeros((64, 8, 8, 16))
+    x_0 = jnp.zeros((64, 16, 16, 4))
 
     def velocity(x_t, sigma, conditioning):
         return x_t / sigma[:, None, None, None]
@@ -23,7 +23,7 @@ def test_the_true_velocity_has_no_loss():
 
 
 def test_the_zero_velocity_costs_the_variance_of_the_target():
-    x_0 = 2.0 * jax.random.normal(jax.random.key(0), (512, 8, 8, 16))
+    x_0 = 2.0 * jax.random.normal(jax.random.key(0), (512, 16, 16, 4))
     value = transformer.flow_matching_loss(
         lambda x_t, sigma, c: jnp.zeros_like(x_t), x_0, None, jax.random.key(1)
     )
@@ -47,7 +47,7 @@ def test_batches_pair_latents_with_captions_that_fit():
     """Latents carry their attributes, and the text table its own row numbers."""
     key = jax.random.key(0)
     attributes = shapes.fill_open(key, jnp.full((300, 6), shapes.OPEN))
-    latents = jnp.zeros((300, 8, 8, 16)).at[:, 0, 0, 0].set(shapes.caption_index(attributes))
+    latents = jnp.zeros((300, 16, 16, 4)).at[:, 0, 0, 0].set(shapes.caption_index(attributes))
     rows = jnp.arange(shapes.NUM_CAPTIONS + 1, dtype=jnp.float32)
     text = Conditioning(tokens=rows[:, None, None], pooled=rows[:, None])
     pool = transformer.Pool(latents, attributes, text)

@@ -26,7 +26,7 @@ def test_loss_is_l1_plus_l2_plus_kl(monkeypatch):
 
         def apply(self, variables, x, method):
             if method == "encode":
-                shape = (x.shape[0], 8, 8, 16)
+                shape = (x.shape[0], 16, 16, 4)
                 return jnp.full(shape, 2.0), jnp.full(shape, -20.0)
             return jnp.full((x.shape[0], 64, 64, 3), 0.5)
 
