@@ -196,7 +196,15 @@ def fit(
         state = load_tree(snapshot, state)
     one_step, key = _step(loss, recipe), session.key(recipe.name)
     first, saved, start = int(state.step), time.monotonic(), time.monotonic()
-    bar = tqdm(total=recipe.steps, initial=first, desc=recipe.name, unit="step", mininterval=1.0)
+    line = int(os.environ.get("PEC_JAX_BAR", 0))  # where several stages run side by side
+    bar = tqdm(
+        total=recipe.steps,
+        initial=first,
+        desc=recipe.name,
+        unit="step",
+        mininterval=1.0,
+        position=line,
+    )
     with bar, (session.state / "log.jsonl").open("a") as log:
         for done in range(first + recipe.log_every, recipe.steps + 1, recipe.log_every):
             rows = []
