@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.batch.update({"groups": 6, "group_size": 16})
     config.updates.update({"minibatches": 1, "advantage_std": "group"})
     config.optimizer.update({"learning_rate": 2e-3})
-    for name in ("hps", "clip", "attributes", "finish"):
+    for name in ("hps", "clip", "attributes"):
         config.rewards[name].evaluate = True
     config.perception.update({"encoder": "dino", "estimator": "knn", "k": 3})
     config.eval.update({"num_steps": 10, "guidance": 1.0, "groups": 16})

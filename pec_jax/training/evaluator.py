@@ -2,11 +2,11 @@
 
 | name | definition |
 |---|---|
-| `quality/<reward>` | mean of the reward over all images |
+| `quality/<reward>` | mean of the reward over all images, or of what it measures instead |
 | `diversity/<encoder>` | mean pairwise Euclidean distance of a prompt's raw features |
 | `diversity/vendi_<encoder>` | Vendi score of a prompt's images, cosine kernel |
 | `diversity/variance_<encoder>` | mean squared distance of unit features to their group's mean |
-| `diversity/<reward>` | as the reward has it; `attributes`: entropy of what a prompt leaves open |
+| `diversity/<reward>` | by the reward; `attributes`: entropy of what a prompt leaves open |
 | `entropy/<estimator>_<encoder>` | perceptual entropy, nats per dimension, of the images |
 | `entropy/output` | entropy of the latents given the prompt, nats per dimension, along the ODE |
 | `entropy/output_error` | its standard error over prompts |
@@ -158,12 +158,15 @@ def measure_function(experiment: Experiment) -> Callable[..., dict[str, PyTree]]
     """(frozen, batch, images [P, N, H, W, 3]) -> the arguments of `summarise`."""
 
     def measure(frozen: Frozen, batch: Batch, images: Array) -> dict[str, PyTree]:
-        _, scores = experiment.rewards.score(frozen.networks, images, batch.reward_inputs)
+        measured = experiment.rewards.measure(frozen.networks, images, batch.reward_inputs)
         features = {
             name: space.of_images(frozen, images) for name, space in experiment.spaces.items()
         }
-        diversities = experiment.rewards.diversity(frozen.networks, images, batch.reward_inputs)
-        return {"scores": scores, "features": features, "diversities": diversities}
+        return {
+            "scores": measured.scores,
+            "features": features,
+            "diversities": measured.diversities,
+        }
 
     return measure
 

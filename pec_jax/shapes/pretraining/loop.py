@@ -196,7 +196,7 @@ def fit(
         state = load_tree(snapshot, state)
     one_step, key = _step(loss, recipe), session.key(recipe.name)
     first, saved, start = int(state.step), time.monotonic(), time.monotonic()
-    line = int(os.environ.get("PEC_JAX_BAR", 0))  # where several stages run side by side
+    line = int(os.environ.get("PEC_JAX_PRETRAIN_SLOT", 0))  # where several stages run side by side
     bar = tqdm(
         total=recipe.steps,
         initial=first,

@@ -256,7 +256,7 @@ cosine decay, and an exponential moving average of the weights is what is kept.
 - `t5`: masked-token prediction, reading visible tokens back at half weight.
 - `transformer`: flow matching, logit-normal noise levels, 10% empty captions; some batches with
   captions padded to 256 tokens, as diffusers does by default.
-- `dino`: self-distillation between two photographs of a scene with patches hidden, no captions.
+- `dino`: momentum contrast between two photographs of a scene, among scenes of one caption.
 - `pickscore`: `clip` fine-tuned on the choices of a simulated crowd (Bradley-Terry), which wants
   pictures that are well made, what was asked for, of several looks; it has slight tastes.
 - `pickscore_taste`: the same for a crowd with one taste and no eye for craft: warm colours, large
