@@ -244,13 +244,14 @@ def prompt_splits(seed: int = 0) -> dict[str, list[str]]:
     """The prompt sets that come with the package, by file name without its ending.
 
     `train_open` and `heldout_open` are 96 captions each of those that leave the colour and two to
-    four more attributes open; `specified` holds 64 captions that leave nothing open.
+    four more attributes open, and `tuning_open` 48 more, to choose parameters on; `specified` holds
+    64 captions that leave nothing open.
 
     Args:
       seed: of the shuffles.
 
     Returns:
-      Name to captions; the first two are disjoint.
+      Name to captions; those that leave something open are disjoint.
     """
     rng = np.random.default_rng(seed)
     attributes = all_attributes()
@@ -260,6 +261,7 @@ def prompt_splits(seed: int = 0) -> dict[str, list[str]]:
     splits = {
         "train_open": open_color[:96],
         "heldout_open": open_color[96:192],
+        "tuning_open": open_color[192:240],
         "specified": rng.permutation(attributes[num_open == 0])[:64],
     }
     return {name: [caption(a) for a in rows] for name, rows in splits.items()}

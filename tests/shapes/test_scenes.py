@@ -81,9 +81,11 @@ def test_prompt_sets_are_disjoint_and_leave_colours_open():
     assert {name: len(rows) for name, rows in splits.items()} == {
         "train_open": 96,
         "heldout_open": 96,
+        "tuning_open": 48,
         "specified": 64,
     }
-    assert not set(splits["train_open"]) & set(splits["heldout_open"])
-    for text in splits["train_open"] + splits["heldout_open"]:
+    leaving_open = splits["train_open"] + splits["heldout_open"] + splits["tuning_open"]
+    assert len(set(leaving_open)) == len(leaving_open)
+    for text in leaving_open:
         assert scenes.parse(text)[scenes.COLOR] == scenes.OPEN
     assert all((scenes.parse(text) >= 0).all() for text in splits["specified"])

@@ -90,6 +90,6 @@ def test_the_evaluating_preference_model_is_another_network(directory):
 
 def test_prompts_are_written_one_a_line(directory):
     names = {path.stem for path in (directory / "prompts").iterdir()}
-    assert names == {"train_open", "heldout_open", "specified"}
+    assert names == {"train_open", "heldout_open", "tuning_open", "specified"}
     lines = (directory / "prompts" / "train_open.txt").read_text().splitlines()
     assert len(lines) == 96 and all(line == line.strip() != "" for line in lines)
