@@ -2,12 +2,13 @@
 
     python launch/study.py --runs=runs/study --out=docs/results/study
 
-First every method's own parameter is chosen by the same grid of three values, on a seed that is
-not reported; then all rows of the table are trained for every seed and both rewards; then the
-tables, figures and reports are made. Finished runs are skipped and interrupted ones resume, so
-the command can be killed and rerun at any time. `--quick` is a version of ten minutes: one reward,
-a few rows, with the parameters that were chosen before. `--from_archive` makes the tables from
-the runs that are kept in runs.tar.xz beside them, in two minutes and without training.
+First every method's own parameter is chosen by the same grid of three values, in runs as long as
+those of the table, on a seed and on prompts that are not reported; then all rows of the table are
+trained for every seed and each reward; then the tables, figures and reports are made. Finished runs
+are skipped and interrupted ones resume, so the command can be killed and rerun at any time.
+`--quick` is a version of ten minutes: one reward, a few rows, with the parameters that were chosen
+before. `--from_archive` makes the tables from the runs that are kept in runs.tar.xz beside them, in
+two minutes and without training.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from absl import app, flags
 
 CONFIG = sweep.ROOT / "configs" / "shapes_study.py"
 TUNED = sweep.ROOT / "docs" / "results" / "study" / "tuned.json"
-REWARDS = ("pickscore", "attributes")  # each is trained on alone
-SEEDS = ("0", "1", "2")
-TUNING_SEED, TUNING_REWARD = "100", "pickscore"
+REWARDS = ("pickscore", "pickscore_taste", "attributes")  # each is trained on alone
+SEEDS = ("0", "1", "2", "3", "4")
+TUNING_SEED, TUNING_REWARD, TUNING_PROMPTS = "100", "pickscore", "shapes/tuning_open"
 WEIGHTS = ("1.5", "3.0", "6.0")
 TARGETS = ("0.85", "1.0", "1.15")
 
@@ -63,11 +64,11 @@ class Method:
 
 DUAL = (("constraints.pec_target.weight", "3.0"), ("constraints.pec_target.rate", "2.0"))
 ALL = "dino+clip+pickscore"  # the three spaces at once
-TUNING_ITERATIONS = 24  # of the 40 of a reported run
+LIGHT_KL = (("constraints.kl.weight", "0.03"),)
 LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages
 METHODS = (
     Method("none"),
-    Method("kl", grid=("0.1", "0.3", "1.0")),
+    Method("kl", grid=("0.03", "0.1", "0.3")),
     Method("clip_higher", field="ratio", grid=("1.4", "2.8", "5.6")),
     Method("entropy_reg", "latent", grid=LOSS),
     Method("entropy_reg", "pickscore", grid=LOSS),
@@ -75,10 +76,11 @@ METHODS = (
     Method("clip_cov", "pickscore", field="share", grid=("0.25", "0.5", "1.0")),
     Method("kl_cov", "latent", grid=LOSS),
     Method("kl_cov", "pickscore", grid=LOSS),
-    Method("pec", "dino", grid=WEIGHTS, rows=2),
-    Method("pcvae", "dino", grid=WEIGHTS, rows=2),
-    Method("pec", "pickscore", grid=WEIGHTS, rows=2),
-    Method("pcvae", "pickscore", grid=WEIGHTS, rows=2),
+    Method("pec", "dino", grid=WEIGHTS),
+    Method("pcvae", "dino", grid=WEIGHTS),
+    Method("pec", "pickscore", grid=WEIGHTS),
+    Method("pcvae", "pickscore", grid=WEIGHTS),
+    Method("pec", "dino", grid=WEIGHTS, extra=LIGHT_KL, tag="kl"),
     Method("pec_target", ALL, "target", TARGETS, extra=DUAL),
 )
 # PEC in DINO's space with the other estimators, tuned like the rows; with knn it is one of them.
@@ -86,15 +88,14 @@ ESTIMATORS = tuple(
     Method("pec", "dino", grid=WEIGHTS, extra=(("perception.estimator", name),), tag=name)
     for name in ("gaussian", "logdet")
 )
-QUICK_LENGTH = {"num_iterations": str(TUNING_ITERATIONS)}
+QUICK_LENGTH = {"num_iterations": "24"}
 QUICK = ("none", "kl", "pec-dino", "pec-pickscore")
 
 
 def reward_overrides(reward: str) -> dict[str, str]:
-    """Trains on one reward; the others are measured in the evaluation."""
-    names = ("pickscore", "clip", "attributes")
-    weights = {f"rewards.{name}.weight": "1.0" if name == reward else "0.0" for name in names}
-    return weights | {f"rewards.{name}.evaluate": "True" for name in names}
+    """Trains on one reward; these and those that only judge are measured in the evaluation."""
+    weights = {f"rewards.{name}.weight": "1.0" if name == reward else "0.0" for name in REWARDS}
+    return weights | {f"rewards.{name}.evaluate": "True" for name in (*REWARDS, "hps", "clip")}
 
 
 def job(directory: Path, seed: str, reward: str, method: Method, value: str, **more: str):
@@ -105,17 +106,11 @@ def job(directory: Path, seed: str, reward: str, method: Method, value: str, **m
 
 
 def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
-    """method -> value -> run, on the tuning seed."""
+    """method -> value -> run, on the tuning seed and the tuning prompts."""
+    apart = {"eval.entropy_probes": "0", "prompts.heldout": TUNING_PROMPTS}
     return {
         method: {
-            value: job(
-                runs / "tuning",
-                TUNING_SEED,
-                TUNING_REWARD,
-                method,
-                value,
-                **{"eval.entropy_probes": "0", "num_iterations": str(TUNING_ITERATIONS)},
-            )
+            value: job(runs / "tuning", TUNING_SEED, TUNING_REWARD, method, value, **apart)
             for value in method.grid or ("",)
         }
         for method in (*METHODS, *ESTIMATORS)
@@ -208,7 +203,7 @@ def reported_jobs(
 def train_and_compare(
     runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
 ) -> None:
-    """All rows on both rewards; and the grids of PEC in DINO's space with each estimator."""
+    """All rows on every reward; and the grids of PEC in DINO's space with each estimator."""
     for reward in REWARDS:
         jobs = reported_jobs(runs / reward, reward, METHODS, chosen, seeds)
         run_all(jobs, parallel)
