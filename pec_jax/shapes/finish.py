@@ -26,7 +26,7 @@ WORST_GRAIN = 0.05  # standard deviation of the grain's nodes
 GRAIN_CELL = 4  # px
 WORST_CONTRAST = 0.55  # factor around middle grey; 1 is the best
 WORST_EXPOSURE = 0.18  # added, of either sign
-WORST_TILT = math.radians(9.0)  # of either sign
+WORST_TILT = math.radians(5.0)  # of either sign
 
 
 @struct.dataclass

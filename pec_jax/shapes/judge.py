@@ -131,7 +131,7 @@ def _lines() -> tuple[np.ndarray, np.ndarray]:
     H = BOTTOM - TOP + 1 heights.
     """
     heights = np.arange(36.0, 44.01, 0.25)
-    slopes = np.tan(np.radians(np.linspace(-13.0, 13.0, 53)))
+    slopes = np.tan(np.radians(np.linspace(-7.5, 7.5, 51)))
     candidates = np.array([(h, s) for h in heights for s in slopes], np.float32)
     x = np.arange(IMAGE_SIZE) + 0.5 - CENTER
     height = np.clip(candidates[:, :1] + candidates[:, 1:] * x, TOP, BOTTOM)  # [M, W]

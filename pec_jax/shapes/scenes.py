@@ -59,13 +59,13 @@ COLOR_JITTER = 0.04  # of an object
 BACKGROUND_JITTER = 0.015  # of sky and ground
 
 # Radius in px by size and number: fewer objects have more room.
-RADII = np.array([(10.0, 9.0, 6.7), (14.5, 12.2, 8.2)], np.float32)  # [size, number]
-RADIUS_JITTER = 0.04
-SPACING = (0.0, 15.0, 21.3)  # px from the middle object, or half of two objects' distance
+RADII = np.array([(10.0, 9.0, 7.0), (14.5, 12.2, 8.5)], np.float32)  # [size, number]
+RADIUS_JITTER = 0.01
+SPACING = (0.0, 15.0, 21.8)  # px from the middle object, or half of two objects' distance
 STRIP = 15.5  # px between the image's centre and the line of objects, unless in the middle
-JITTER = 1.0  # px, of each object
-SLIDE = (6.0, 0.5, 0.0)  # px along the line, by number: what there is room for
-HORIZON, HORIZON_JITTER = 40.0, 1.5
+JITTER = 0.3  # px, of each object
+SLIDE = (0.5, 0.3, 0.0)  # px along the line, by number: what there is room for
+HORIZON, HORIZON_JITTER = 40.0, 1.0
 _DIRECTIONS = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)], np.float32)  # (x, y)
 
 _PLACE_PHRASES = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
@@ -135,8 +135,7 @@ def _centers(key: Array, attributes: Array) -> Array:
     direction = jnp.where(column[:, None], jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]))
     start = CENTER + STRIP * jnp.asarray(_DIRECTIONS)[place]  # [N, 2]
     centers = start[:, None] + along[..., None] * direction[:, None]
-    reach = jnp.where(number == MAX_OBJECTS - 1, 0.4, JITTER)[:, None, None]  # room is scarce
-    return centers + _uniform(jitter_key, centers.shape, reach)
+    return centers + _uniform(jitter_key, centers.shape, JITTER)
 
 
 def sample_scene(key: Array, attributes: Int[Array, "n 6"]) -> Scene:

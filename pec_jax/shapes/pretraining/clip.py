@@ -37,7 +37,7 @@ def text_model(directory) -> clip.CLIPTextModel:
 
 
 def caption_ids(directory) -> np.ndarray:
-    """Token ids of every caption, [17640, 14], by `shapes.caption_index`."""
+    """Token ids of every caption, [17640, 12], by `shapes.caption_index`."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(directory)

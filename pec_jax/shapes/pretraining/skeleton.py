@@ -103,7 +103,7 @@ VAE = {
 TRANSFORMER = {
     "_class_name": "SD3Transformer2DModel",
     "sample_size": shapes.IMAGE_SIZE // 4,
-    "patch_size": 2,
+    "patch_size": 4,
     "in_channels": 4,
     "out_channels": 4,
     "num_layers": 5,
@@ -112,7 +112,7 @@ TRANSFORMER = {
     "joint_attention_dim": JOINT_DIM,
     "caption_projection_dim": 128,
     "pooled_projection_dim": 2 * PROJECTION_DIM,
-    "pos_embed_max_size": 16,
+    "pos_embed_max_size": 8,
     "dual_attention_layers": [0, 1],
     "qk_norm": "rms_norm",
 }

@@ -87,7 +87,7 @@ class LongPool:
     """Some latents with one caption each, padded as diffusers does by default."""
 
     latents: jax.Array  # [LONG_CAPTIONS, 16, 16, 4] scaled
-    text: Conditioning  # [LONG_CAPTIONS, 14 + 256, ...]
+    text: Conditioning  # [LONG_CAPTIONS, 12 + 256, ...]
 
 
 def captions_of(key: jax.Array, attributes: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ def test_saved_clip_reads_back_and_keeps_its_scalar(tmp_path):
     text = skeleton.text_config(40, 39, "quick_gelu")
     config = {"text_config": text, "vision_config": skeleton.CLIP_VISION, "projection_dim": 64}
     module = CLIPModel(CLIPConfig.from_dict(config))
-    inputs = (np.zeros((1, 14), np.int32), jnp.zeros((1, 64, 64, 3)))
+    inputs = (np.zeros((1, 12), np.int32), jnp.zeros((1, 64, 64, 3)))
     variables = common.initialise(module, jax.random.key(0), *inputs)
     size = common.save(tmp_path, variables, "model")
     assert size == sum(2 * p.size for p in jax.tree.leaves(variables))  # half precision
@@ -78,7 +78,7 @@ def test_only_position_embeddings_of_images_are_widened():
             }
         )
     )
-    inputs = (np.zeros((1, 14), np.int32), jnp.zeros((1, 64, 64, 3)))
+    inputs = (np.zeros((1, 12), np.int32), jnp.zeros((1, 64, 64, 3)))
     before = common.initialise(module, jax.random.key(0), *inputs)["params"]
     after = common.spread_positions(before)
     changed = [
