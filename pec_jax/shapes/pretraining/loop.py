@@ -221,7 +221,8 @@ def fit(
             log.flush()
             bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
             bar.update(recipe.log_every)
-            if now - saved > session.snapshot_seconds and done < recipe.steps:
+            # The end is kept too: a stage may be interrupted in what follows its training.
+            if now - saved > session.snapshot_seconds or done == recipe.steps:
                 save_tree(snapshot, state)
                 saved = now
     return state

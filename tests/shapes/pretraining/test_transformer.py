@@ -43,6 +43,36 @@ def test_noise_levels_are_logit_normal():
     np.testing.assert_allclose(logits.std(), transformer.LOGIT_STD, atol=0.02)
 
 
+def test_the_distilled_velocity_is_the_guided_one():
+    """All x_0 are m, so that a caption's velocity is -m, and the empty prompt's is b.
+
+    The loss has no gradient where the caption's velocity is b + guidance (-m - b), and it never
+    moves the empty prompt's.
+    """
+    m, b, guidance, n = 0.7, 0.2, 3.0, 64
+    caption = Conditioning(tokens=jnp.ones((n, 1, 1)), pooled=jnp.ones((n, 1)))
+    empty = Conditioning(tokens=jnp.zeros((1, 1, 1)), pooled=jnp.zeros((1, 1)))
+
+    def loss(velocities):
+        def velocity(x_t, sigma, text):
+            value = jnp.where(text.pooled == 1.0, velocities["caption"], velocities["empty"])
+            return jnp.broadcast_to(value[:, :, None, None], x_t.shape)
+
+        return transformer.flow_matching_loss(
+            velocity,
+            jnp.full((n, 32, 32, 4), m),
+            caption,
+            jax.random.key(0),
+            transformer.Guided(empty, guidance),
+        )
+
+    fixed = {"caption": jnp.array(b + guidance * (-m - b)), "empty": jnp.array(b)}
+    slope = jax.grad(loss)(fixed)
+    np.testing.assert_allclose(slope["caption"], 0.0, atol=0.02)  # 4 standard errors of the noise
+    assert float(slope["empty"]) == 0.0
+    assert float(jax.grad(loss)(fixed | {"caption": jnp.array(-m)})["caption"]) > 1.0
+
+
 def test_batches_pair_latents_with_captions_that_fit():
     """Latents carry their attributes, and the text table its own row numbers."""
     key = jax.random.key(0)
