@@ -19,6 +19,7 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
 from pec_jax.io import write_json
+from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.training.build import build
 from pec_jax.training.checkpoint import Checkpointer
 from pec_jax.training.trainer import train
@@ -26,7 +27,7 @@ from pec_jax.weights.tensors import WeightsError, read_file
 from tests.conftest import ROOT, small_config_dict
 
 PROMPTS = ("a small red cat in the snow", "two large blue stars at the top")
-LENGTH = 14  # tokens of the embedded T5
+LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 LORA, WEIGHTS = "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"
 STEPS = 4
 

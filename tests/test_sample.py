@@ -15,9 +15,10 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.models import vae
+from pec_jax.shapes.pretraining import tokenizers
 
 PROMPTS = ("a small red cat in the snow", "a thing", "two large blue stars at the top")
-LENGTH = 14  # tokens of the embedded T5
+LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 
 
 @pytest.fixture(scope="module", autouse=True)

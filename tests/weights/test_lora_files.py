@@ -16,6 +16,7 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.models import lora
+from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.lora_files import FILE_NAMES, read_lora, write_lora
 from pec_jax.weights.tensors import read_metadata
 
@@ -23,7 +24,7 @@ from pec_jax.weights.tensors import read_metadata
 PATTERNS = (r"attn2?\.to_(q|k|v)$", r"\.ff\.net", r"norm1\.linear$", r"^proj_out$")
 ALL = (r".",)
 PROMPTS = ("a small red cat in the snow", "two large blue stars at the top")
-LENGTH = 14  # tokens of the embedded T5
+LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 FLUX = {
     "patch_size": 1,
     "in_channels": 4,
