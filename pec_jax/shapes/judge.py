@@ -300,6 +300,16 @@ def _blur(images: Array, scene: Scene, tilt: Array) -> Array:
     return interpolate(seen, known)
 
 
+def _spread(deviations: Array) -> Array:
+    """Standard deviation [N] of |deviations| [N, P] of the sky and the ground, objects among them.
+
+    Objects would shift the median towards the greater ones, by a third where they fill a fifth.
+    """
+    median = lambda x: jnp.nanmedian(x, axis=-1) / 0.6745  # noqa: E731
+    with_objects = median(deviations)
+    return median(jnp.where(deviations <= 3.0 * with_objects[:, None], deviations, jnp.nan))
+
+
 def detect(images: Float[Array, "n h w 3"]) -> Detected:
     """Finds the objects in each image and reads attributes and finish off.
 
@@ -321,7 +331,7 @@ def detect(images: Float[Array, "n h w 3"]) -> Detected:
     horizon, tilt = _horizon(images, sky, ground)
     off = _off(images, sky, ground, render.grid(tilt)[1] - _wide(horizon, images[..., 0]))
     grey = jnp.abs(jnp.mean(off, axis=-1)).reshape(n, -1)
-    grain = jnp.median(grey, axis=-1) / 0.6745
+    grain = _spread(grey)
     seen = _objects(images, off, grain, tilt)
     scene = _scene(seen, kind, sky, ground, horizon)
     count = jnp.sum(seen.valid, axis=-1)

@@ -88,7 +88,11 @@ def as_float(images: np.ndarray) -> jnp.ndarray:
 
 def test_clip_features_equal_transformers(clip_directory):
     encoder, variables = load_encoder(clip_directory)
-    assert (encoder.name, encoder.dim, encoder.text_length) == ("tiny-clip", 24, tokenizers.MAX_LENGTH)
+    assert (encoder.name, encoder.dim, encoder.text_length) == (
+        "tiny-clip",
+        24,
+        tokenizers.MAX_LENGTH,
+    )
     assert encoder.network == str(clip_directory)
     images = images_8bit(3, 32, 32, 3)
     ids = encoder.tokenize(CAPTIONS)
