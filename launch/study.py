@@ -42,7 +42,6 @@ class Method:
     space: str = ""  # latent, or an encoder
     field: str = "weight"  # of config.constraints.NAME
     grid: tuple[str, ...] = ()
-    rows: int = 1  # how many of the grid's values make a row of the table
     extra: tuple[tuple[str, str], ...] = ()
     tag: str = ""  # sets apart what name and space do not
 
@@ -89,7 +88,9 @@ ESTIMATORS = tuple(
     for name in ("gaussian", "logdet")
 )
 QUICK_LENGTH = {"num_iterations": "24"}
-QUICK = ("none", "kl", "pec-dino", "pec-pickscore")
+QUICK, QUICK_SEEDS = ("none", "kl", "pec-dino", "pec-pickscore"), 3
+# The first seed's runs of these are shown as pictures: the base model's, and what became of them.
+GRIDS = {"none": "grpo", "kl": "kl", "pec-dino": "pec"}
 
 
 def reward_overrides(reward: str) -> dict[str, str]:
@@ -192,12 +193,24 @@ def reported_jobs(
     **more: str,
 ) -> list[sweep.Job]:
     """The rows of one table, all seeds; whole rounds of one seed come first."""
-    return [
-        job(directory, seed, reward, method, value, **more)
-        for seed in seeds
-        for method in methods
-        for value in (values[method.label][: method.rows] if method.grid else [""])
-    ]
+    jobs = []
+    for seed in seeds:
+        for method in methods:
+            drawn = {"schedule.sample_every": "1000"}  # before the first iteration, after the last
+            extra = more | (drawn if seed == seeds[0] and method.label in GRIDS else {})
+            value = values[method.label][0] if method.grid else ""
+            jobs.append(job(directory, seed, reward, method, value, **extra))
+    return jobs
+
+
+def copy_grids(jobs: Sequence[sweep.Job], out: Path) -> None:
+    """The pictures of the runs that drew some: base.png, and one of each method."""
+    for one in jobs:
+        grids = sorted((one.directory / "samples").glob("step_*.png"))
+        if len(grids) > 1:
+            shutil.copy(grids[0], out / "base.png")
+            label = one.directory.name.split("_")[0]
+            shutil.copy(grids[-1], out / f"{GRIDS[label]}.png")
 
 
 def train_and_compare(
@@ -208,6 +221,7 @@ def train_and_compare(
         jobs = reported_jobs(runs / reward, reward, METHODS, chosen, seeds)
         run_all(jobs, parallel)
         sweep.compare([one.directory for one in jobs], out / reward)
+        copy_grids(jobs, out / reward)
     grids = [
         run.directory
         for method, values in tuning_jobs(runs).items()
@@ -221,10 +235,10 @@ def train_and_compare(
 def quick(
     runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
 ) -> None:
-    """A few rows on one reward, half as long."""
-    methods = [dataclasses.replace(m, rows=1) for m in METHODS if m.label in QUICK]
+    """A few rows on one reward and a few seeds, half as long."""
+    methods = [method for method in METHODS if method.label in QUICK]
     jobs = reported_jobs(
-        runs / TUNING_REWARD, TUNING_REWARD, methods, chosen, seeds, **QUICK_LENGTH
+        runs / TUNING_REWARD, TUNING_REWARD, methods, chosen, seeds[:QUICK_SEEDS], **QUICK_LENGTH
     )
     run_all(jobs, parallel)
     sweep.compare([one.directory for one in jobs], out / TUNING_REWARD)

@@ -31,7 +31,8 @@ def _of_reward(directories: Sequence[Path]) -> str:
     found = run_table.rows_of_runs(run_table.find_runs(directories))
     rows = table.normalise([row for row, _ in found])
     by_label = {row.label: runs for row, (_, runs) in zip(rows[1:], found[1:])}
-    lines = [against_baselines(rows), "", what_is_kept(by_label), "", two_judges(by_label)]
+    lines = [paradox_and_cure(by_label), "", against_baselines(rows), "", what_is_kept(by_label)]
+    lines += ["", two_judges(by_label)]
     lines.append("\nThe perceptual version of each baseline over its latent one, overall:\n")
     for method in ("Entropy Reg.", "Clip-Cov", "KL-Cov"):
         by_space = {row.perceptual_space: row for row in rows if row.method == method}
@@ -122,6 +123,43 @@ def _paired_rows(row, other) -> Paired:
         return Paired(row.mean(table.OVERALL) - other.mean(table.OVERALL), math.nan, math.nan)
     values, others = row.values[table.OVERALL], other.values[table.OVERALL]
     return paired([values[seed] for seed in common], [others[seed] for seed in common])
+
+
+def paradox_and_cure(runs_of: Mapping[str, Sequence[Any]]) -> str:
+    """The bars that were set before any run, seed by seed.
+
+    Diversity is the entropy of the open attributes or the variance in DINO's space: whichever has
+    lost more.
+
+    Args:
+        runs_of: label -> runs, in the same order of seeds; "Flow-GRPO" among them.
+    """
+    grpo = {run.seed: run.evaluation for run in runs_of["Flow-GRPO"]}
+    lost = [1.0 - _kept(run) for run in runs_of["Flow-GRPO"]]
+    lines = [f"Flow-GRPO loses of the base's diversity (bar 60%): {_shares(lost)}."]
+    for label, runs in runs_of.items():
+        if label.startswith("PEC"):
+            common = [run for run in runs if run.seed in grpo]
+            gained = [
+                gain(run.evaluation, "quality/finish") / gain(grpo[run.seed], "quality/finish")
+                for run in common
+            ]
+            kept = [_kept(run) for run in common]
+            lines.append(
+                f"{label} keeps of Flow-GRPO's gain in finish (bar 90%): {_shares(gained)}; "
+                f"and of the base's diversity (bar 90%): {_shares(kept)}."
+            )
+    return "\n\n".join(lines)
+
+
+def _kept(run: Any) -> float:
+    """The least share of the base's diversity, of the two measures that the bars name."""
+    names = ("diversity/attributes", "diversity/variance_dino")
+    return min(run.evaluation[name] / run.evaluation[f"base/{name}"] for name in names)
+
+
+def _shares(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:.0f}%" for value in values)
 
 
 KEPT = ("diversity/attributes", "diversity/variance_dino", "diversity/variance_clip")

@@ -43,11 +43,11 @@ def claims(study):
 
 def test_every_constraint_has_a_row(study):
     assert {method.name for method in study.METHODS} == {"none", *CONSTRAINTS}
-    by_name = [(method.name, method.space, method.rows) for method in study.METHODS]
+    by_name = [(method.name, method.space) for method in study.METHODS]
     for name in ("entropy_reg", "clip_cov", "kl_cov"):
-        assert {(name, "latent", 1), (name, "pickscore", 1)} <= set(by_name)
+        assert {(name, "latent"), (name, "pickscore")} <= set(by_name)
     for name in ("pec", "pcvae"):
-        assert {(name, "dino", 1), (name, "pickscore", 1)} <= set(by_name)
+        assert {(name, "dino"), (name, "pickscore")} <= set(by_name)
 
 
 def test_every_method_is_tuned_by_as_many_values(study):
@@ -96,6 +96,21 @@ def test_every_override_is_a_field_of_the_config(study):
 def test_directories_do_not_collide(study):
     jobs = [j for v in study.tuning_jobs(Path("runs")).values() for j in v.values()]
     assert len({job.directory for job in jobs}) == len(jobs)
+
+
+def test_the_first_seed_of_what_is_shown_draws_pictures(study, tmp_path):
+    chosen = {method.label: list(method.grid) for method in study.METHODS}
+    jobs = study.reported_jobs(tmp_path, "pickscore", study.METHODS, chosen, ("0", "1"))
+    drawing = [job for job in jobs if "schedule.sample_every" in dict(job.overrides)]
+    assert [job.directory.name.split("_")[0] for job in drawing] == list(study.GRIDS)
+    for job in drawing:
+        for step in ("0", "60"):
+            path = job.directory / "samples" / f"step_{step:>06}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{job.directory.name} {step}")
+    study.copy_grids(jobs, tmp_path)
+    assert (tmp_path / "base.png").read_text().endswith(" 0")
+    assert (tmp_path / "pec.png").read_text() == f"{drawing[-1].directory.name} 60"
 
 
 def test_the_best_values_come_first(study):
