@@ -89,8 +89,14 @@ ESTIMATORS = tuple(
 )
 QUICK_LENGTH = {"num_iterations": "24"}
 QUICK, QUICK_SEEDS = ("none", "kl", "pec-dino", "pec-pickscore"), 3
-# The first seed's runs of these are shown as pictures: the base model's, and what became of them.
-GRIDS = {"none": "grpo", "kl": "kl", "pec-dino": "pec"}
+# These are shown in pictures (of the first seed), and measured on the way.
+SHOWN = {"none": "grpo", "kl": "kl", "pec-dino": "pec"}
+PANELS = (
+    ("quality/finish", "quality: finish"),
+    ("diversity/attributes", "diversity: entropy of what prompts leave open"),
+    ("distance/frechet_dino", "distance from the base model (Fréchet, DINO)"),
+)
+LONG, LONG_SEEDS = {"num_iterations": "300", "schedule.eval_every": "25"}, 2
 
 
 def reward_overrides(reward: str) -> dict[str, str]:
@@ -174,11 +180,11 @@ def run_all(jobs: Sequence[sweep.Job], parallel: int) -> None:
     first = {dict(one.overrides)["seed"]: one for one in reversed(jobs)}
     failed = sweep.run_jobs(list(first.values()), parallel)
     for one in jobs:
-        source = first[dict(one.overrides)["seed"]].directory / "eval_base.json"
-        target = one.directory / "eval_base.json"
-        if source.exists() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+        source = first[dict(one.overrides)["seed"]].directory
+        one.directory.mkdir(parents=True, exist_ok=True)
+        for name in ("eval_base.safetensors", "eval_base.json"):
+            if (source / name).exists() and not (one.directory / name).exists():
+                shutil.copy(source / name, one.directory / name)
     failed += sweep.run_jobs(jobs, parallel)
     if failed:
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
@@ -196,11 +202,34 @@ def reported_jobs(
     jobs = []
     for seed in seeds:
         for method in methods:
-            drawn = {"schedule.sample_every": "1000"}  # before the first iteration, after the last
-            extra = more | (drawn if seed == seeds[0] and method.label in GRIDS else {})
+            extra = _shown(seed == seeds[0]) if method.label in SHOWN else {}
             value = values[method.label][0] if method.grid else ""
-            jobs.append(job(directory, seed, reward, method, value, **extra))
+            jobs.append(job(directory, seed, reward, method, value, **extra | more))
     return jobs
+
+
+def _shown(pictures: bool) -> dict[str, str]:
+    """Evaluations on the way; pictures before the first iteration and after the last."""
+    every = {"schedule.eval_every": "10"}
+    return every | ({"schedule.sample_every": "1000"} if pictures else {})
+
+
+def show(jobs: Sequence[sweep.Job], out: Path) -> None:
+    """Pictures and curves of the methods that are shown: base.png and others, spread.png."""
+    from pec_jax.evaluation import figures, run_table, steps
+
+    shown = [one.directory for one in jobs if _label(one) in SHOWN]
+    runs = {
+        row.label: [steps.read_evaluations(run.directory) for run in found]
+        for row, found in run_table.rows_of_runs(run_table.find_runs(shown))[1:]
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    figures.spread_and_distance(runs, PANELS).savefig(out / "spread.png", dpi=110)
+    copy_grids(jobs, out)
+
+
+def _label(one: sweep.Job) -> str:
+    return one.directory.name.split("_")[0]
 
 
 def copy_grids(jobs: Sequence[sweep.Job], out: Path) -> None:
@@ -209,8 +238,7 @@ def copy_grids(jobs: Sequence[sweep.Job], out: Path) -> None:
         grids = sorted((one.directory / "samples").glob("step_*.png"))
         if len(grids) > 1:
             shutil.copy(grids[0], out / "base.png")
-            label = one.directory.name.split("_")[0]
-            shutil.copy(grids[-1], out / f"{GRIDS[label]}.png")
+            shutil.copy(grids[-1], out / f"{SHOWN[_label(one)]}.png")
 
 
 def train_and_compare(
@@ -221,7 +249,7 @@ def train_and_compare(
         jobs = reported_jobs(runs / reward, reward, METHODS, chosen, seeds)
         run_all(jobs, parallel)
         sweep.compare([one.directory for one in jobs], out / reward)
-        copy_grids(jobs, out / reward)
+        show(jobs, out / reward)
     grids = [
         run.directory
         for method, values in tuning_jobs(runs).items()
@@ -229,7 +257,19 @@ def train_and_compare(
         for run in values.values()
     ]
     sweep.compare(grids, out / "estimators")
+    train_long(runs / "long", out / "long", chosen, seeds[:LONG_SEEDS], parallel)
     study_claims.write(runs, out, REWARDS)
+
+
+def train_long(
+    runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
+) -> None:
+    """The methods that are shown, five times as long: what lasts, and what does not."""
+    methods = [method for method in METHODS if method.label in SHOWN]
+    jobs = reported_jobs(runs, TUNING_REWARD, methods, chosen, seeds, **LONG)
+    run_all(jobs, parallel)
+    sweep.compare([one.directory for one in jobs], out)
+    show(jobs, out)
 
 
 def quick(

@@ -10,6 +10,7 @@
 | `entropy/<estimator>_<encoder>` | perceptual entropy, nats per dimension, of the images |
 | `entropy/output` | entropy of the latents given the prompt, nats per dimension, along the ODE |
 | `entropy/output_error` | its standard error over prompts |
+| `distance/frechet_<encoder>` | Fréchet distance of all images' features from the base model's |
 
 The first five are means over prompts; `<name>/low` and `<name>/high` bound their 95% bootstrap
 interval over prompts.
@@ -18,7 +19,8 @@ interval over prompts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,13 @@ def image_function(experiment: Experiment, num_images: int) -> Callable[..., Arr
     return draw
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation says, and what later ones are compared with."""
+
+    numbers: dict[str, float]
+    moments: dict[str, metrics.Moments]  # of the features in each encoder's space
+
+
 class Evaluator:
     """Draws and measures images of fixed prompts from fixed noise.
 
@@ -81,8 +90,19 @@ class Evaluator:
         self._entropies = jax.jit(entropy_function(experiment))
         self._output_entropy = jax.jit(output_entropy_function(experiment))
 
-    def __call__(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
-        """Metric -> number on the held-out prompts; see the table at the top of this file."""
+    def __call__(
+        self,
+        params: PyTree,
+        frozen: Frozen,
+        base: Mapping[str, metrics.Moments] | None = None,
+    ) -> Evaluation:
+        """Measures on the held-out prompts; see the table at the top of this file.
+
+        Args:
+            params: of the policy.
+            frozen: all else.
+            base: the base model's moments, for the distances from it; None leaves them out.
+        """
         table, batches = self._experiment.tables["heldout"], []
         for start, key in self._keys.items():
             batch = self._batch(table, start)
@@ -92,7 +112,12 @@ class Evaluator:
         features = put_replicated(joined["features"], self._mesh)
         entropies = jax.device_get(self._entropies(features))
         numbers = summarise(joined["scores"], joined["features"], joined["diversities"])
-        return numbers | {name: float(value) for name, value in entropies.items()}
+        numbers |= {name: float(value) for name, value in entropies.items()}
+        moments = {name: metrics.moments(value) for name, value in joined["features"].items()}
+        for name in base or {}:
+            distance = metrics.frechet_distance(moments[name], base[name])
+            numbers[f"distance/frechet_{name}"] = distance
+        return Evaluation(numbers, moments)
 
     def output_entropy(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Entropy of what is drawn, on the first `eval.groups` held-out prompts."""

@@ -102,7 +102,9 @@ def test_the_first_seed_of_what_is_shown_draws_pictures(study, tmp_path):
     chosen = {method.label: list(method.grid) for method in study.METHODS}
     jobs = study.reported_jobs(tmp_path, "pickscore", study.METHODS, chosen, ("0", "1"))
     drawing = [job for job in jobs if "schedule.sample_every" in dict(job.overrides)]
-    assert [job.directory.name.split("_")[0] for job in drawing] == list(study.GRIDS)
+    assert [job.directory.name.split("_")[0] for job in drawing] == list(study.SHOWN)
+    measured = [job for job in jobs if "schedule.eval_every" in dict(job.overrides)]
+    assert len(measured) == 2 * len(study.SHOWN)
     for job in drawing:
         for step in ("0", "60"):
             path = job.directory / "samples" / f"step_{step:>06}.png"
