@@ -114,8 +114,8 @@ class Evaluator:
         numbers = summarise(joined["scores"], joined["features"], joined["diversities"])
         numbers |= {name: float(value) for name, value in entropies.items()}
         moments = {name: metrics.moments(value) for name, value in joined["features"].items()}
-        for name in base or {}:
-            distance = metrics.frechet_distance(moments[name], base[name])
+        for name, before in (base or {}).items():
+            distance = metrics.frechet_distance(moments[name], before)
             numbers[f"distance/frechet_{name}"] = distance
         return Evaluation(numbers, moments)
 
