@@ -45,7 +45,7 @@ ENCODERS = ("pickscore", "pickscore_taste", "hps")
 STAGES = ("skeleton", "vae", "clip", "t5", "transformer", "dino", *ENCODERS)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity: jitted functions keep it
 class Painter:
     """Prompts to images with the finished pipeline."""
 
@@ -69,9 +69,6 @@ class Painter:
         assert self.pipeline.text is not None
         text = jax.tree.map(jnp.asarray, self.pipeline.text.encode(prompts))
         return _paint(self, self._variables, text, self.negative, key, steps, guidance)
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
