@@ -35,9 +35,9 @@ ALBUMS, ALBUM = 2, 48  # albums of a batch, and scenes of an album
 LEAST_OPEN = 0.3  # least probability of an attribute to be open in an album's caption
 TEMPERATURE = 0.1
 NEIGHBOURS = 10
-REFERENCES = 16384  # images whose labels the neighbours give
+REFERENCES = 32768  # images whose labels the neighbours give
 RECIPE = Recipe(
-    "dino", steps=2500, learning_rate=2e-3, weight_decay=0.04, warmup=100, ema_decay=0.99
+    "dino", steps=4000, learning_rate=2e-3, weight_decay=0.04, warmup=100, ema_decay=0.99
 )
 
 
