@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pec_jax.models.attention import attention, on_tpu, reference_attention
+from pec_jax.models.attention import attention, on_gpu, on_tpu, reference_attention
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -85,6 +85,19 @@ def test_the_tpu_kernel_and_its_gradient(queries, keys):
     theirs = jax.grad(loss(reference_attention, bias=None), (0, 1, 2))(q, k, v)
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+# Odd lengths are padded, in queries, in keys, in both.
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (5, 6), (6, 7), (5, 7)])
+def test_what_the_gpu_kernel_is_given_and_its_gradient(queries, keys):
+    q, k, v = (normal(i, 2, n, 2, 8) for i, n in enumerate((queries, keys, keys)))
+
+    def loss(f, **options):
+        return lambda *a: jnp.sum(jnp.sin(f(*a, scale=0.2, **options)))
+
+    ours = jax.value_and_grad(loss(on_gpu, implementation="xla"), (0, 1, 2))(q, k, v)
+    theirs = jax.value_and_grad(loss(reference_attention, bias=None), (0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
 def test_where_no_kernel_fits_the_program_holds_none():
