@@ -63,7 +63,7 @@ def test_the_distilled_velocity_is_the_guided_one():
             jnp.full((n, 32, 32, 4), m),
             caption,
             jax.random.key(0),
-            transformer.Guided(empty, guidance),
+            transformer.Guided(empty, lambda sigma: jnp.full_like(sigma, guidance)),
         )
 
     fixed = {"caption": jnp.array(b + guidance * (-m - b)), "empty": jnp.array(b)}
