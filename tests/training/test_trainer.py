@@ -124,6 +124,11 @@ def test_a_run_directory_holds_what_it_should(finished):
     for name in ("quality/pickscore", "diversity/dino", "diversity/vendi_clip"):
         assert result[f"{name}/low"] <= result[name] <= result[f"{name}/high"]
         assert f"base/{name}" in result
+    assert result["distance/frechet_dino"] > 0 and "base/distance/frechet_dino" not in result
+    assert {p.name for p in directory.glob("eval_base.*")} == {
+        "eval_base.json",
+        "eval_base.safetensors",
+    }
     assert json.loads((directory / "config.json").read_text())["batch"]["groups"] == 2
     assert list(directory.glob("events.out.tfevents*"))
     assert {p.name for p in (directory / "checkpoints").iterdir() if p.name.isdigit()} == {"2", "4"}
