@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
 
 
 def _run(stage: str, session: Session) -> None:
-    start, package = time.monotonic(), "pec_jax.shapes.pretraining"
+    start = time.monotonic() - session.earlier_seconds(stage)
+    package = "pec_jax.shapes.pretraining"
     numbers: dict[str, Any]
     if stage in PREFERENCES:
         numbers = importlib.import_module(f"{package}.preferences").run(session, stage)

@@ -98,6 +98,25 @@ class Session:
         for snapshot in self.state.glob(f"{stage}*.safetensors"):
             snapshot.unlink()
 
+    @property
+    def log_path(self) -> Path:
+        return self.state / "log.jsonl"
+
+    def earlier_seconds(self, stage: str) -> float:
+        """What processes that were interrupted in a stage have spent on what they left of it."""
+        spent: dict[str, tuple[float, float]] = {}  # recipe -> by processes before, by the last one
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        for row in map(json.loads, lines):
+            if row["stage"] != stage and not row["stage"].startswith(f"{stage}-"):
+                continue
+            before, last = spent.get(row["stage"], (0.0, 0.0))
+            if row["step"] <= Recipe.log_every:  # begun anew
+                before = 0.0
+            elif row["seconds"] < last:  # another process went on
+                before += last
+            spent[row["stage"]] = before, row["seconds"]
+        return sum(before + last for before, last in spent.values())
+
     def numbers(self, stage: str) -> dict[str, Any] | None:
         """The numbers of a finished stage, or None."""
         path = self.numbers_path(stage)
@@ -205,7 +224,7 @@ def fit(
         mininterval=1.0,
         position=line,
     )
-    with bar, (session.state / "log.jsonl").open("a") as log:
+    with bar, session.log_path.open("a") as log:
         for done in range(first + recipe.log_every, recipe.steps + 1, recipe.log_every):
             rows = []
             for step in range(done - recipe.log_every, done):
