@@ -252,8 +252,8 @@ cosine decay, and an exponential moving average of the weights is what is kept.
   `text_encoder_2`.
 - `t5`: masked-token prediction, reading visible tokens back at half weight.
 - `transformer`: flow matching, logit-normal noise levels, 10% empty captions; some batches with
-  captions padded to 256 tokens, as diffusers does by default. The last quarter of the steps distils a
-  mild guidance into the weights, so that none is needed; diffusers' default of 7 works as well.
+  captions padded to 256 tokens, as diffusers does by default. The last quarter of the steps distils
+  a mild guidance into the weights, so that none is needed; diffusers' default of 7 works as well.
 - `dino`: momentum contrast between two photographs of a scene, among scenes of one caption.
 - `pickscore`: `clip` fine-tuned on the choices of a simulated crowd (Bradley-Terry), which wants
   pictures that are well made, what was asked for, of several looks; it has slight tastes.
