@@ -65,7 +65,7 @@ def drawn(pipeline):
 
 def test_what_the_directory_says(pipeline):
     assert isinstance(pipeline, Film)
-    assert pipeline.latent_shape() == (3, 16, 16, 4)
+    assert pipeline.latent_shape() == (3, 8, 8, 4)
     assert pipeline.latent_shape(16, 24) == (3, 4, 6, 4)
     sigmas = pipeline.sigmas(STEPS, pipeline.latent_shape())
     assert sigmas[0] == 1 and sigmas[-1] == 0 and len(sigmas) == STEPS + 1
@@ -114,7 +114,7 @@ def test_a_step_is_scored_as_it_was_taken(pipeline, drawn):
         pipeline, kernel="flow_sde", noise_level=0.7, stochastic=(True, True, False)
     )
     path = sampler.sample(velocity, x_1, jax.random.key(1))
-    assert path.x_0.shape == (4, 3, 16, 16, 4) and path.logp.shape == (STEPS, 4)
+    assert path.x_0.shape == (4, 3, 8, 8, 4) and path.logp.shape == (STEPS, 4)
     for t in sampler.trained_steps:
         taken = Transition(path.x_t[t], path.x_next[t], sampler.sigmas[t], sampler.sigmas[t + 1])
         logp, mean, _ = sampler.log_prob(velocity, taken)
@@ -129,7 +129,7 @@ def test_likelihood_and_images(pipeline, drawn):
     assert logp.shape == (4,) and np.isfinite(logp).all() and x_0.shape == x_1.shape
     latents = sampler.final(velocity, x_1, None)
     images = pipeline.decode(pipeline.vae_variables, latents)
-    assert images.shape == (4, 64, 64, 3) and 0 <= images.min() <= images.max() <= 1
+    assert images.shape == (4, 32, 32, 3) and 0 <= images.min() <= images.max() <= 1
 
 
 def test_stored_text_keeps_the_fields_there_are(pipeline, tmp_path):
