@@ -135,7 +135,7 @@ def test_files_of_a_sample(tmp_path):
     sampling.run(request, tmp_path)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [*(f"{i:05d}.png" for i in range(6)), "grid.png", "latents.npy"]
-    assert np.load(tmp_path / "latents.npy").shape == (6, 4, 8, 8)
+    assert np.load(tmp_path / "latents.npy").shape == (6, 4, 16, 16)
     with Image.open(tmp_path / "00000.png") as image:
         assert image.size == (64, 64)
     with Image.open(tmp_path / "grid.png") as sheet:
@@ -151,12 +151,12 @@ def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(tmp_path):
             num_steps=3,
             guidance=2.0,
             batch_size=size,
-            height=40,
-            width=24,
+            height=48,
+            width=32,
         )
         sampling.run(request, tmp_path / str(size))
     one, three = (np.load(tmp_path / str(size) / "latents.npy") for size in (1, 3))
-    assert one.shape == (3, 4, 10, 6)
+    assert one.shape == (3, 4, 12, 8)
     np.testing.assert_allclose(one, three, atol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_latents_of_the_wrong_kind_are_refused(tmp_path, array):
     request = sampling.Request(
         model="shapes", prompts=PROMPTS, num_images=1, init_latents=str(tmp_path / "bad.npy")
     )
-    with pytest.raises(ValueError, match=r"bad\.npy holds .* need floats of shape \(3, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"bad\.npy holds .* need floats of shape \(3, 4, 16, 16\)"):
         sampling.run(request, tmp_path)
 
 
