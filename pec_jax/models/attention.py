@@ -119,8 +119,8 @@ def on_gpu(
 ) -> Array:
     """`attention` by cuDNN's flash attention.
 
-    Its backward pass takes even lengths only; Stable Diffusion 3.5 at 512 px has 1229 tokens. Odd
-    ones are padded by one, which is masked out by the lengths.
+    jax 0.11.2 refuses odd lengths in its backward pass; Stable Diffusion 3.5 at 512 px has 1229
+    tokens. Odd ones are padded by one, which is masked out by the lengths.
 
     Args:
         q: queries [N, Lq, H, D].

@@ -89,7 +89,14 @@ def test_the_tpu_kernel_and_its_gradient(queries, keys):
 
 # Odd lengths are padded, in queries, in keys, in both.
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (5, 6), (6, 7), (5, 7)])
-def test_what_the_gpu_kernel_is_given_and_its_gradient(queries, keys):
+def test_the_gpu_kernel_is_given_even_lengths_and_gives_the_same(queries, keys, monkeypatch):
+    kernel, given = jax.nn.dot_product_attention, set()
+
+    def watched(*arrays, **options):
+        given.update(a.shape[1] for a in arrays)
+        return kernel(*arrays, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", watched)
     q, k, v = (normal(i, 2, n, 2, 8) for i, n in enumerate((queries, keys, keys)))
 
     def loss(f, **options):
@@ -97,6 +104,7 @@ def test_what_the_gpu_kernel_is_given_and_its_gradient(queries, keys):
 
     ours = jax.value_and_grad(loss(on_gpu, implementation="xla"), (0, 1, 2))(q, k, v)
     theirs = jax.value_and_grad(loss(reference_attention, bias=None), (0, 1, 2))(q, k, v)
+    assert given == {queries + queries % 2, keys + keys % 2}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
