@@ -160,7 +160,8 @@ def small_config_dict():
     config = shapes_grpo.get_config()
     config.num_iterations = 4
     config.trainable.rank = 4
-    config.sampler.num_steps = 3
+    config.sampler.update({"num_steps": 3, "window": ()})
+    config.updates.minibatches = 1
     config.batch.update({"groups": 2, "group_size": 4})
     config.eval.update(
         {

@@ -26,6 +26,7 @@ from pec_jax.types import Conditioning
 
 SETTINGS = {  # name to (steps, guidance, T5's length); 0 is our own, the tokenizer's 12 tokens
     "10 steps, guidance 1": (10, 1.0, 0),
+    "28 steps, guidance 1": (28, 1.0, 0),
     "10 steps, guidance 3": (10, 3.0, 0),
     "28 steps, guidance 7, 256 tokens (diffusers' defaults)": (28, 7.0, 256),
 }

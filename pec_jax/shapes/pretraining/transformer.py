@@ -114,7 +114,7 @@ def distilled_guidance(sigma: jax.Array) -> jax.Array:
     Returns:
         As sigma.
     """
-    return jnp.where(sigma > 0.92, 1.0, jnp.where(sigma > 0.6, 2.5, 0.7))
+    return jnp.where(sigma > 0.92, 1.0, jnp.where(sigma > 0.6, 2.0, 0.6))
 
 
 @struct.dataclass
