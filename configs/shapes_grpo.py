@@ -19,13 +19,11 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.num_iterations = 60
     config.trainable.update({"rank": 16, "alpha": 32.0})
-    config.sampler.update(
-        {"num_steps": 6, "window": (0, 3), "guidance": 1.0, "noise_level": 0.7}
-    )
+    config.sampler.update({"num_steps": 6, "window": (0, 3), "guidance": 1.0, "noise_level": 0.7})
     config.batch.update({"groups": 6, "group_size": 16})
     config.updates.update({"minibatches": 2, "advantage_std": "group"})
     config.objective.grpo.update({"clip_low": 8e-4, "clip_high": 8e-4})
-    config.optimizer.update({"learning_rate": 2e-3})
+    config.optimizer.update({"learning_rate": 3e-3})
     for name in ("hps", "clip", "attributes"):
         config.rewards[name].evaluate = True
     config.perception.update({"encoder": "dino", "estimator": "knn", "k": 3})

@@ -2,8 +2,9 @@
 
 Paper: arXiv 2605.12112, Table 1, at the scale of a laptop. `launch/study.py` turns one on.
 Unit: weights of `pec`, `pec_target` and `pcvae` are in reward stds per nat.
-Length: LENGTH_TEXT
-Cost: COST_TEXT
+Length: 80 iterations of two updates. After them, on a seed that is not reported, Flow-GRPO kept a
+third of the variance in DINO's space, and its finish had passed a peak.
+Cost: about 260 seconds per run on one core.
 Command: python launch/study.py --runs=runs/study --out=docs/results/study
 """
 

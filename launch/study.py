@@ -30,7 +30,7 @@ TUNED = sweep.ROOT / "docs" / "results" / "study" / "tuned.json"
 REWARDS = ("pickscore", "pickscore_taste", "attributes")  # each is trained on alone
 SEEDS = ("0", "1", "2", "3", "4")
 TUNING_SEED, TUNING_REWARD, TUNING_PROMPTS = "100", "pickscore", "shapes/tuning_open"
-WEIGHTS = ("1.5", "3.0", "6.0")
+WEIGHTS = ("3.0", "6.0", "12.0")
 TARGETS = ("0.85", "1.0", "1.15")
 
 
@@ -61,7 +61,7 @@ class Method:
         return result | ({f"constraints.{self.name}.{self.field}": value} if value else {})
 
 
-DUAL = (("constraints.pec_target.weight", "3.0"), ("constraints.pec_target.rate", "2.0"))
+DUAL = (("constraints.pec_target.weight", "6.0"), ("constraints.pec_target.rate", "2.0"))
 ALL = "dino+clip+pickscore"  # the three spaces at once
 LIGHT_KL = (("constraints.kl.weight", "0.03"),)
 LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages
@@ -151,6 +151,17 @@ def ranked(record: dict[str, dict[str, float]]) -> dict[str, list[str]]:
         label: sorted(scores, key=lambda value: scores[value], reverse=True)
         for label, scores in record.items()
     }
+
+
+def chosen_before() -> dict[str, list[str]]:
+    """method label -> the values of its grid, the best first, as TUNED has them.
+
+    Where no study has been run since the methods changed, the middle of a grid comes first.
+    """
+    if TUNED.exists():
+        return ranked(json.loads(TUNED.read_text(encoding="utf-8"))["overall"])
+    methods = [method for method in (*METHODS, *ESTIMATORS) if method.grid]
+    return {method.label: [method.grid[len(method.grid) // 2], *method.grid] for method in methods}
 
 
 def parameter_fields() -> dict[str, str]:
@@ -309,7 +320,7 @@ def main(argv: list[str]) -> None:
     runs, out = Path(_RUNS.value).absolute(), Path(_OUT.value).absolute()
     if _QUICK.value:
         check(runs / "quick")
-        chosen = ranked(json.loads(TUNED.read_text(encoding="utf-8"))["overall"])
+        chosen = chosen_before()
         quick(runs / "quick", runs / "quick" / "results", chosen, _SEEDS.value, _JOBS.value)
         return
     check(runs, archive=out if _FROM_ARCHIVE.value else None)

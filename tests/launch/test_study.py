@@ -246,14 +246,16 @@ def test_runs_of_an_earlier_version_are_refused_before_any_training(study, tmp_p
     (run / "config.json").write_text('{"seed": 0, "constraint": {"name": "none"}}')
     with pytest.raises(SystemExit, match=r"config.json was written by an earlier"):
         study.check(tmp_path / "runs")
-    kept = study.sweep.ROOT / "docs" / "results" / "study"  # made by an earlier version
+    (run / "eval.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    sys.modules["study_archive"].pack(tmp_path / "runs", tmp_path)
     with pytest.raises(SystemExit, match=r"runs.tar.xz/.* by an earlier version"):
-        study.check(tmp_path / "new", archive=kept)
+        study.check(tmp_path / "new", archive=tmp_path)
     assert not (tmp_path / "new").exists()
 
 
 def test_the_parameters_chosen_before_are_of_todays_methods(study):
     """`--quick` reads them from a file that an earlier version wrote."""
-    chosen = study.ranked(json.loads(study.TUNED.read_text())["overall"])
+    chosen = study.chosen_before()
     for method in (*study.METHODS, *study.ESTIMATORS):
         assert not method.grid or set(chosen[method.label]) == set(method.grid)
