@@ -31,7 +31,7 @@ REWARDS = ("pickscore", "pickscore_taste", "attributes")  # each is trained on a
 SEEDS = ("0", "1", "2", "3", "4")
 TUNING_SEED, TUNING_REWARD, TUNING_PROMPTS = "100", "pickscore", "shapes/tuning_open"
 WEIGHTS = ("3.0", "6.0", "12.0")
-TARGETS = ("0.85", "1.0", "1.15")
+TARGETS = ("0.8", "0.9", "1.0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Method:
         return result | ({f"constraints.{self.name}.{self.field}": value} if value else {})
 
 
-DUAL = (("constraints.pec_target.weight", "6.0"), ("constraints.pec_target.rate", "2.0"))
+DUAL = (("constraints.pec_target.weight", "12.0"), ("constraints.pec_target.rate", "4.0"))
 ALL = "dino+clip+pickscore"  # the three spaces at once
 LIGHT_KL = (("constraints.kl.weight", "0.03"),)
 LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages

@@ -47,7 +47,7 @@ MISTAKES = [
     ("prompts.train", "shapes/nothing", ["shapes/nothing", "shapes/train_open"]),
     ("model.path", "/no/such/model", ["/no/such/model"]),
     ("trainable.targets", ("nothing_like_this$",), ["nothing_like_this"]),
-    ("model.height", 33, ["height", "33", "multiples of 8"]),
+    ("model.height", 33, ["height", "33", "multiples of 16"]),
 ]
 
 

@@ -114,7 +114,7 @@ class Evaluator:
         numbers = summarise(joined["scores"], joined["features"], joined["diversities"])
         numbers |= {name: float(value) for name, value in entropies.items()}
         moments = {name: metrics.moments(value) for name, value in joined["features"].items()}
-        for name, before in (base or {}).items():
+        for name, before in sorted((base or {}).items()):  # read from a file, in any order
             distance = metrics.frechet_distance(moments[name], before)
             numbers[f"distance/frechet_{name}"] = distance
         return Evaluation(numbers, moments)

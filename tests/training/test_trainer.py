@@ -158,7 +158,7 @@ def test_a_work_directory_of_another_config_is_refused(finished):
     config.optimizer.learning_rate = 0.125
     with pytest.raises(RunError) as error:
         train_lib.train(config, finished[0])
-    assert "config.optimizer.learning_rate: 0.002 there, 0.125 now" in str(error.value)
+    assert "config.optimizer.learning_rate: 0.003 there, 0.125 now" in str(error.value)
     assert "--allow_config_change" in str(error.value)
 
 
