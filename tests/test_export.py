@@ -71,7 +71,7 @@ def full_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    latents = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    latents = np.random.default_rng(0).normal(size=(2, 4, 16, 16)).astype(np.float32)
     np.save(path := tmp_path_factory.mktemp("latents") / "start.npy", latents)
     return latents, path
 
