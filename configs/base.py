@@ -86,8 +86,6 @@ def _method(config: ConfigDict) -> None:
     # Everything that can be named is there, and off: --config.rewards.clip.weight=0.5 is enough.
     config.rewards = ConfigDict(REWARDS.default_sections())
     config.rewards.pickscore.weight = 1.0
-    config.rewards.clip.evaluate = True
-    config.rewards.attributes.evaluate = True
     config.encoders = ConfigDict(ENCODERS.default_sections())
     for name in ("pickscore", "dino", "clip"):
         config.encoders[name].evaluate = True

@@ -45,8 +45,7 @@ def get_config() -> ConfigDict:
     config.rewards.pickscore.model = config.encoders.pickscore.model = "models/PickScore_v1"
     config.encoders.dino.model = "models/dino-vitb16"
     config.rewards.clip.model = config.encoders.clip.model = "models/clip-vit-large-patch14"
-    for section in (config.rewards.clip, config.rewards.attributes, config.encoders.clip):
-        section.evaluate = False
+    config.encoders.clip.evaluate = False
     config.prompts.update({"train": "prompts/train.txt", "heldout": "prompts/heldout.txt"})
     config.sampler.storage_dtype = "bfloat16"
     config.batch.update({"groups": 48, "group_size": 24})

@@ -12,5 +12,5 @@ from pec_jax.configs import shapes_grpo
 def get_config() -> ConfigDict:
     """Returns the config: shapes_grpo plus the KL loss."""
     config = shapes_grpo.get_config()
-    config.constraints.kl.weight = 0.01
+    config.constraints.kl.weight = 0.1
     return config

@@ -12,5 +12,5 @@ from pec_jax.configs import shapes_grpo
 def get_config() -> ConfigDict:
     """Returns the config: shapes_grpo plus the constraint."""
     config = shapes_grpo.get_config()
-    config.constraints.pec.update({"weight": 1.5, "unit": "reward_std"})
+    config.constraints.pec.update({"weight": 6.0, "unit": "reward_std"})
     return config

@@ -2,12 +2,13 @@
 
     python launch/study.py --runs=runs/study --out=docs/results/study
 
-First every method's own parameter is chosen by the same grid of three values, on a seed that is
-not reported; then all rows of the table are trained for every seed and both rewards; then the
-tables, figures and reports are made. Finished runs are skipped and interrupted ones resume, so
-the command can be killed and rerun at any time. `--quick` is a version of ten minutes: one reward,
-a few rows, with the parameters that were chosen before. `--from_archive` makes the tables from
-the runs that are kept in runs.tar.xz beside them, in two minutes and without training.
+First every method's own parameter is chosen by the same grid of three values, in runs as long as
+those of the table, on a seed and on prompts that are not reported; then all rows of the table are
+trained for every seed and each reward; then the tables, figures and reports are made. Finished runs
+are skipped and interrupted ones resume, so the command can be killed and rerun at any time.
+`--quick` is a version of ten minutes: one reward, a few rows, with the parameters that were chosen
+before. `--from_archive` makes the tables from the runs that are kept in runs.tar.xz beside them, in
+two minutes and without training.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from absl import app, flags
 
 CONFIG = sweep.ROOT / "configs" / "shapes_study.py"
 TUNED = sweep.ROOT / "docs" / "results" / "study" / "tuned.json"
-REWARDS = ("pickscore", "attributes")  # each is trained on alone
-SEEDS = ("0", "1", "2")
-TUNING_SEED, TUNING_REWARD = "100", "pickscore"
-WEIGHTS = ("1.5", "3.0", "6.0")
-TARGETS = ("0.85", "1.0", "1.15")
+REWARDS = ("pickscore", "pickscore_taste", "attributes")  # each is trained on alone
+SEEDS = ("0", "1", "2", "3", "4")
+TUNING_SEED, TUNING_REWARD, TUNING_PROMPTS = "100", "pickscore", "shapes/tuning_open"
+WEIGHTS = ("3.0", "6.0", "12.0")
+TARGETS = ("0.8", "0.9", "1.0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Method:
     space: str = ""  # latent, or an encoder
     field: str = "weight"  # of config.constraints.NAME
     grid: tuple[str, ...] = ()
-    rows: int = 1  # how many of the grid's values make a row of the table
     extra: tuple[tuple[str, str], ...] = ()
     tag: str = ""  # sets apart what name and space do not
 
@@ -61,13 +61,13 @@ class Method:
         return result | ({f"constraints.{self.name}.{self.field}": value} if value else {})
 
 
-DUAL = (("constraints.pec_target.weight", "3.0"), ("constraints.pec_target.rate", "2.0"))
+DUAL = (("constraints.pec_target.weight", "12.0"), ("constraints.pec_target.rate", "4.0"))
 ALL = "dino+clip+pickscore"  # the three spaces at once
-TUNING_ITERATIONS = 24  # of the 40 of a reported run
+LIGHT_KL = (("constraints.kl.weight", "0.03"),)
 LOSS = ("0.5", "1.5", "4.5")  # weights beside a loss of normalised advantages
 METHODS = (
     Method("none"),
-    Method("kl", grid=("0.1", "0.3", "1.0")),
+    Method("kl", grid=("0.03", "0.1", "0.3")),
     Method("clip_higher", field="ratio", grid=("1.4", "2.8", "5.6")),
     Method("entropy_reg", "latent", grid=LOSS),
     Method("entropy_reg", "pickscore", grid=LOSS),
@@ -75,10 +75,11 @@ METHODS = (
     Method("clip_cov", "pickscore", field="share", grid=("0.25", "0.5", "1.0")),
     Method("kl_cov", "latent", grid=LOSS),
     Method("kl_cov", "pickscore", grid=LOSS),
-    Method("pec", "dino", grid=WEIGHTS, rows=2),
-    Method("pcvae", "dino", grid=WEIGHTS, rows=2),
-    Method("pec", "pickscore", grid=WEIGHTS, rows=2),
-    Method("pcvae", "pickscore", grid=WEIGHTS, rows=2),
+    Method("pec", "dino", grid=WEIGHTS),
+    Method("pcvae", "dino", grid=WEIGHTS),
+    Method("pec", "pickscore", grid=WEIGHTS),
+    Method("pcvae", "pickscore", grid=WEIGHTS),
+    Method("pec", "dino", grid=WEIGHTS, extra=LIGHT_KL, tag="kl"),
     Method("pec_target", ALL, "target", TARGETS, extra=DUAL),
 )
 # PEC in DINO's space with the other estimators, tuned like the rows; with knn it is one of them.
@@ -86,15 +87,22 @@ ESTIMATORS = tuple(
     Method("pec", "dino", grid=WEIGHTS, extra=(("perception.estimator", name),), tag=name)
     for name in ("gaussian", "logdet")
 )
-QUICK_LENGTH = {"num_iterations": str(TUNING_ITERATIONS)}
-QUICK = ("none", "kl", "pec-dino", "pec-pickscore")
+QUICK_LENGTH = {"num_iterations": "24"}
+QUICK, QUICK_SEEDS = ("none", "kl", "pec-dino", "pec-pickscore"), 3
+# These are shown in pictures (of the first seed), and measured on the way.
+SHOWN = {"none": "grpo", "kl": "kl", "pec-dino": "pec"}
+PANELS = (
+    ("quality/finish", "quality: finish"),
+    ("diversity/attributes", "diversity: entropy of what prompts leave open"),
+    ("distance/frechet_dino", "distance from the base model (Fréchet, DINO)"),
+)
+LONG, LONG_SEEDS = {"num_iterations": "300", "schedule.eval_every": "25"}, 2
 
 
 def reward_overrides(reward: str) -> dict[str, str]:
-    """Trains on one reward; the others are measured in the evaluation."""
-    names = ("pickscore", "clip", "attributes")
-    weights = {f"rewards.{name}.weight": "1.0" if name == reward else "0.0" for name in names}
-    return weights | {f"rewards.{name}.evaluate": "True" for name in names}
+    """Trains on one reward; these and those that only judge are measured in the evaluation."""
+    weights = {f"rewards.{name}.weight": "1.0" if name == reward else "0.0" for name in REWARDS}
+    return weights | {f"rewards.{name}.evaluate": "True" for name in (*REWARDS, "hps", "clip")}
 
 
 def job(directory: Path, seed: str, reward: str, method: Method, value: str, **more: str):
@@ -105,17 +113,11 @@ def job(directory: Path, seed: str, reward: str, method: Method, value: str, **m
 
 
 def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
-    """method -> value -> run, on the tuning seed."""
+    """method -> value -> run, on the tuning seed and the tuning prompts."""
+    apart = {"eval.entropy_probes": "0", "prompts.heldout": TUNING_PROMPTS}
     return {
         method: {
-            value: job(
-                runs / "tuning",
-                TUNING_SEED,
-                TUNING_REWARD,
-                method,
-                value,
-                **{"eval.entropy_probes": "0", "num_iterations": str(TUNING_ITERATIONS)},
-            )
+            value: job(runs / "tuning", TUNING_SEED, TUNING_REWARD, method, value, **apart)
             for value in method.grid or ("",)
         }
         for method in (*METHODS, *ESTIMATORS)
@@ -151,6 +153,17 @@ def ranked(record: dict[str, dict[str, float]]) -> dict[str, list[str]]:
     }
 
 
+def chosen_before() -> dict[str, list[str]]:
+    """method label -> the values of its grid, the best first, as TUNED has them.
+
+    Where no study has been run since the methods changed, the middle of a grid comes first.
+    """
+    if TUNED.exists():
+        return ranked(json.loads(TUNED.read_text(encoding="utf-8"))["overall"])
+    methods = [method for method in (*METHODS, *ESTIMATORS) if method.grid]
+    return {method.label: [method.grid[len(method.grid) // 2], *method.grid] for method in methods}
+
+
 def parameter_fields() -> dict[str, str]:
     """method label -> the field of its constraint that its grid varies."""
     return {method.label: method.field for method in (*METHODS, *ESTIMATORS) if method.grid}
@@ -178,11 +191,11 @@ def run_all(jobs: Sequence[sweep.Job], parallel: int) -> None:
     first = {dict(one.overrides)["seed"]: one for one in reversed(jobs)}
     failed = sweep.run_jobs(list(first.values()), parallel)
     for one in jobs:
-        source = first[dict(one.overrides)["seed"]].directory / "eval_base.json"
-        target = one.directory / "eval_base.json"
-        if source.exists() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+        source = first[dict(one.overrides)["seed"]].directory
+        one.directory.mkdir(parents=True, exist_ok=True)
+        for name in ("eval_base.safetensors", "eval_base.json"):
+            if (source / name).exists() and not (one.directory / name).exists():
+                shutil.copy(source / name, one.directory / name)
     failed += sweep.run_jobs(jobs, parallel)
     if failed:
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
@@ -197,22 +210,57 @@ def reported_jobs(
     **more: str,
 ) -> list[sweep.Job]:
     """The rows of one table, all seeds; whole rounds of one seed come first."""
-    return [
-        job(directory, seed, reward, method, value, **more)
-        for seed in seeds
-        for method in methods
-        for value in (values[method.label][: method.rows] if method.grid else [""])
-    ]
+    jobs = []
+    for seed in seeds:
+        for method in methods:
+            extra = _shown(seed == seeds[0]) if method.label in SHOWN else {}
+            value = values[method.label][0] if method.grid else ""
+            jobs.append(job(directory, seed, reward, method, value, **extra | more))
+    return jobs
+
+
+def _shown(pictures: bool) -> dict[str, str]:
+    """Evaluations on the way; pictures before the first iteration and after the last."""
+    every = {"schedule.eval_every": "10"}
+    return every | ({"schedule.sample_every": "1000"} if pictures else {})
+
+
+def show(jobs: Sequence[sweep.Job], out: Path) -> None:
+    """Pictures and curves of the methods that are shown: base.png and others, spread.png."""
+    from pec_jax.evaluation import figures, run_table, steps
+
+    shown = [one.directory for one in jobs if _label(one) in SHOWN]
+    runs = {
+        row.label: [steps.read_evaluations(run.directory) for run in found]
+        for row, found in run_table.rows_of_runs(run_table.find_runs(shown))[1:]
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    figures.spread_and_distance(runs, PANELS).savefig(out / "spread.png", dpi=110)
+    copy_grids(jobs, out)
+
+
+def _label(one: sweep.Job) -> str:
+    return one.directory.name.split("_")[0]
+
+
+def copy_grids(jobs: Sequence[sweep.Job], out: Path) -> None:
+    """The pictures of the runs that drew some: base.png, and one of each method."""
+    for one in jobs:
+        grids = sorted((one.directory / "samples").glob("step_*.png"))
+        if len(grids) > 1:
+            shutil.copy(grids[0], out / "base.png")
+            shutil.copy(grids[-1], out / f"{SHOWN[_label(one)]}.png")
 
 
 def train_and_compare(
     runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
 ) -> None:
-    """All rows on both rewards; and the grids of PEC in DINO's space with each estimator."""
+    """All rows on every reward; and the grids of PEC in DINO's space with each estimator."""
     for reward in REWARDS:
         jobs = reported_jobs(runs / reward, reward, METHODS, chosen, seeds)
         run_all(jobs, parallel)
         sweep.compare([one.directory for one in jobs], out / reward)
+        show(jobs, out / reward)
     grids = [
         run.directory
         for method, values in tuning_jobs(runs).items()
@@ -220,16 +268,28 @@ def train_and_compare(
         for run in values.values()
     ]
     sweep.compare(grids, out / "estimators")
+    train_long(runs / "long", out / "long", chosen, seeds[:LONG_SEEDS], parallel)
     study_claims.write(runs, out, REWARDS)
+
+
+def train_long(
+    runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
+) -> None:
+    """The methods that are shown, five times as long: what lasts, and what does not."""
+    methods = [method for method in METHODS if method.label in SHOWN]
+    jobs = reported_jobs(runs, TUNING_REWARD, methods, chosen, seeds, **LONG)
+    run_all(jobs, parallel)
+    sweep.compare([one.directory for one in jobs], out)
+    show(jobs, out)
 
 
 def quick(
     runs: Path, out: Path, chosen: dict[str, list[str]], seeds: Sequence[str], parallel: int
 ) -> None:
-    """A few rows on one reward, half as long."""
-    methods = [dataclasses.replace(m, rows=1) for m in METHODS if m.label in QUICK]
+    """A few rows on one reward and a few seeds, half as long."""
+    methods = [method for method in METHODS if method.label in QUICK]
     jobs = reported_jobs(
-        runs / TUNING_REWARD, TUNING_REWARD, methods, chosen, seeds, **QUICK_LENGTH
+        runs / TUNING_REWARD, TUNING_REWARD, methods, chosen, seeds[:QUICK_SEEDS], **QUICK_LENGTH
     )
     run_all(jobs, parallel)
     sweep.compare([one.directory for one in jobs], out / TUNING_REWARD)
@@ -260,7 +320,7 @@ def main(argv: list[str]) -> None:
     runs, out = Path(_RUNS.value).absolute(), Path(_OUT.value).absolute()
     if _QUICK.value:
         check(runs / "quick")
-        chosen = ranked(json.loads(TUNED.read_text(encoding="utf-8"))["overall"])
+        chosen = chosen_before()
         quick(runs / "quick", runs / "quick" / "results", chosen, _SEEDS.value, _JOBS.value)
         return
     check(runs, archive=out if _FROM_ARCHIVE.value else None)

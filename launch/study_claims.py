@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,12 +30,10 @@ def _of_reward(directories: Sequence[Path]) -> str:
 
     found = run_table.rows_of_runs(run_table.find_runs(directories))
     rows = table.normalise([row for row, _ in found])
-    grpo = next(row for row in rows if row.method == "Flow-GRPO")
-    lines = ["Overall, as a multiple of Flow-GRPO's, seed by seed (mean, 95% interval):\n"]
-    for row in sorted(rows, key=lambda row: -row.mean(table.OVERALL)):
-        if row is not grpo:
-            lines.append(f"- {row.label}: {_interval(table.ratio(row, grpo))}")
-    lines.append("\nThe perceptual version of each baseline over its latent one:\n")
+    by_label = {row.label: runs for row, (_, runs) in zip(rows[1:], found[1:])}
+    lines = [paradox_and_cure(by_label), "", against_baselines(rows), "", what_is_kept(by_label)]
+    lines += ["", two_judges(by_label)]
+    lines.append("\nThe perceptual version of each baseline over its latent one, overall:\n")
     for method in ("Entropy Reg.", "Clip-Cov", "KL-Cov"):
         by_space = {row.perceptual_space: row for row in rows if row.method == method}
         if {"latent", "pickscore"} <= set(by_space):
@@ -44,6 +43,177 @@ def _of_reward(directories: Sequence[Path]) -> str:
     lines.append("\n" + _targets_held(directories))
     lines.append("\n" + policy_entropy_range(directories))
     lines.append("\n" + fits(directories))
+    return "\n".join(lines)
+
+
+class Paired(NamedTuple):
+    """How one row differs from another over the seeds that both have."""
+
+    difference: float
+    effect: float  # Cohen's d_z: the mean difference in its own standard deviations
+    p: float  # of Student's paired t-test, two-sided
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> Paired:
+    """Compares two rows seed by seed.
+
+    Args:
+        values: [S] of one row, S >= 2.
+        others: [S] of the other, in the same order of seeds.
+    """
+    from scipy import stats
+
+    differences = np.subtract(values, others)
+    spread = differences.std(ddof=1)
+    effect = (
+        math.copysign(math.inf, differences.mean())
+        if spread == 0
+        else (differences.mean() / spread)
+    )
+    return Paired(
+        float(differences.mean()), float(effect), float(stats.ttest_rel(values, others).pvalue)
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment: chances that hold for all comparisons of a family at once.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    order = np.argsort(p_values)
+    stepped = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1.0)
+    return adjusted.tolist()
+
+
+def against_baselines(rows) -> str:
+    """Overall of every row against Flow-GRPO's and against that of the best KL."""
+    from pec_jax.evaluation import table
+
+    lines = [
+        "Overall, seed by seed: the ratio with its 95% interval; the paired difference with its"
+    ]
+    lines += ["effect size d_z (in standard deviations of the differences) and the p-value of"]
+    lines += ["Student's paired test, adjusted by Holm for the number of rows.", ""]
+    baselines = [row for row in rows if row.method in ("Flow-GRPO", "Flow-GRPO w/ KL")]
+    others = sorted(
+        (row for row in rows if row not in baselines), key=lambda row: -row.mean(table.OVERALL)
+    )
+    for baseline in baselines:
+        compared = [row for row in [*baselines, *others] if row is not baseline]
+        tests = [_paired_rows(row, baseline) for row in compared]
+        adjusted = holm([test.p for test in tests])
+        lines += [f"| against {baseline.label} | ratio | difference | d_z | p |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for row, test, p in zip(compared, tests, adjusted):
+            ratio = _interval(table.ratio(row, baseline))
+            lines += [
+                f"| {row.label} | {ratio} | {test.difference:+.3f} | {test.effect:+.1f} | {p:.3f} |"
+            ]
+        lines += [""]
+    return "\n".join(lines[:-1])
+
+
+def _paired_rows(row, other) -> Paired:
+    from pec_jax.evaluation import table
+
+    common = [seed for seed in row.seeds if seed in other.seeds]
+    if len(common) < 2:
+        return Paired(row.mean(table.OVERALL) - other.mean(table.OVERALL), math.nan, math.nan)
+    values, others = row.values[table.OVERALL], other.values[table.OVERALL]
+    return paired([values[seed] for seed in common], [others[seed] for seed in common])
+
+
+def paradox_and_cure(runs_of: Mapping[str, Sequence[Any]]) -> str:
+    """The bars that were set before any run, seed by seed.
+
+    Diversity is the entropy of the open attributes or the variance in DINO's space: whichever has
+    lost more.
+
+    Args:
+        runs_of: label -> runs, in the same order of seeds; "Flow-GRPO" among them.
+    """
+    grpo = {run.seed: run.evaluation for run in runs_of["Flow-GRPO"]}
+    lost = [1.0 - _kept(run) for run in runs_of["Flow-GRPO"]]
+    lines = [f"Flow-GRPO loses of the base's diversity (bar 60%): {_shares(lost)}."]
+    for label, runs in runs_of.items():
+        if label.startswith("PEC"):
+            common = [run for run in runs if run.seed in grpo]
+            gained = [
+                gain(run.evaluation, "quality/finish") / gain(grpo[run.seed], "quality/finish")
+                for run in common
+            ]
+            kept = [_kept(run) for run in common]
+            lines.append(
+                f"{label} keeps of Flow-GRPO's gain in finish (bar 90%): {_shares(gained)}; "
+                f"and of the base's diversity (bar 90%): {_shares(kept)}."
+            )
+    return "\n\n".join(lines)
+
+
+def _kept(run: Any) -> float:
+    """The least share of the base's diversity, of the two measures that the bars name."""
+    names = ("diversity/attributes", "diversity/variance_dino")
+    return min(run.evaluation[name] / run.evaluation[f"base/{name}"] for name in names)
+
+
+def _shares(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:.0f}%" for value in values)
+
+
+KEPT = ("diversity/attributes", "diversity/variance_dino", "diversity/variance_clip")
+GAINED = ("quality/finish", "quality/attributes", "quality/pickscore", "quality/hps")
+
+
+def what_is_kept(runs_of: Mapping[str, Sequence[Any]]) -> str:
+    """Shares of the base's diversity that each row keeps, and of Flow-GRPO's gains that it has.
+
+    Args:
+        runs_of: label -> runs; "Flow-GRPO" among them.
+    """
+    from pec_jax.evaluation import table
+
+    grpo = {run.seed: run.evaluation for run in runs_of["Flow-GRPO"]}
+    names = [*KEPT, *(f"gain in {name.removeprefix('quality/')}" for name in GAINED)]
+    lines = ["Shares of the base model's diversity that are kept, and of Flow-GRPO's gains, in per"]
+    lines += ["cent, with 95% intervals over the seeds:", ""]
+    lines += ["| method | " + " | ".join(name.removeprefix("diversity/") for name in names) + " |"]
+    lines += ["|---|" + "---:|" * len(names)]
+    for label, runs in runs_of.items():
+        shares = [[run.evaluation[n] / run.evaluation[f"base/{n}"] for run in runs] for n in KEPT]
+        paired_runs = [run for run in runs if run.seed in grpo]
+        shares += [
+            [gain(run.evaluation, name) / gain(grpo[run.seed], name) for run in paired_runs]
+            for name in GAINED
+        ]
+        cells = (_percent(table.student_interval(values)) for values in shares)
+        lines += [f"| {label} | " + " | ".join(cells) + " |"]
+    return "\n".join(lines)
+
+
+def gain(evaluation: Mapping[str, float], name: str) -> float:
+    """What training has added to a measure."""
+    return evaluation[name] - evaluation[f"base/{name}"]
+
+
+def two_judges(runs_of: Mapping[str, Sequence[Any]]) -> str:
+    """What the preference model that only judges sees of the gain in the other one's eyes.
+
+    The two have their own scales: what tells of over-optimisation is how the quotient of a row
+    compares with that of the others.
+    """
+    from pec_jax.evaluation import table
+
+    lines = ["Gains as `pickscore` and as `hps` see them; `hps` is never trained on:", ""]
+    lines += ["| method | pickscore | hps | hps / pickscore |", "|---|---:|---:|---:|"]
+    for label, runs in runs_of.items():
+        gains = [
+            [gain(run.evaluation, f"quality/{n}") for run in runs] for n in ("pickscore", "hps")
+        ]
+        ratios = [hps / pickscore for pickscore, hps in zip(*gains)]
+        cells = (_interval(table.student_interval(values)) for values in (*gains, ratios))
+        lines += [f"| {label} | " + " | ".join(cells) + " |"]
     return "\n".join(lines)
 
 
@@ -78,21 +248,29 @@ def _steps(directory: Path) -> list[dict[str, float]]:
 
 
 def both_at_once(rows) -> str:
-    """Rows with at least Flow-GRPO's quality and at least the base model's diversity."""
+    """Rows with Flow-GRPO's quality and the base's diversity, within one standard error."""
     from pec_jax.evaluation import table
 
     base, grpo = (next(r for r in rows if r.method == name) for name in ("Base", "Flow-GRPO"))
     reached = [
         row.label
         for row in rows
-        if row.mean(table.QUALITY) >= grpo.mean(table.QUALITY)
-        and row.mean(table.DIVERSITY) >= base.mean(table.DIVERSITY)
+        if _not_below(row, grpo, table.QUALITY) and _not_below(row, base, table.DIVERSITY)
     ]
     text = ", ".join(reached) or "none"
     return (
         f"At least Flow-GRPO's quality ({grpo.mean(table.QUALITY):.3f}) and at least the base "
-        f"model's diversity ({base.mean(table.DIVERSITY):.3f}) at once: {text}."
+        f"model's diversity ({base.mean(table.DIVERSITY):.3f}) at once, each within one standard "
+        f"error of the paired differences: {text}."
     )
+
+
+def _not_below(row, other, metric: str) -> bool:
+    """Whether a row reaches another's mean, less one standard error over the seeds."""
+    seeds = [seed for seed in row.seeds if seed in other.seeds]
+    differences = [row.values[metric][seed] - other.values[metric][seed] for seed in seeds]
+    error = np.std(differences, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
+    return bool(np.mean(differences) >= -error)
 
 
 def _targets_held(directories: Sequence[Path]) -> str:
@@ -139,6 +317,11 @@ def estimator_ranks(directories: Sequence[Path]) -> str:
             ]
             lines.append(f"| {name}, {space} | " + " | ".join(cells) + " |")
     return f"Over {len(evaluations)} runs:\n\n" + "\n".join(lines)
+
+
+def _percent(value) -> str:
+    half = "" if math.isnan(value.half) else f" ± {100 * value.half:.0f}"
+    return f"{100 * value.mean:.0f}{half}"
 
 
 def _interval(value) -> str:

@@ -1,4 +1,4 @@
-"""Draws images: `python -m pec_jax.sample --model=shapes --prompt="a red circle" --out=DIR`.
+"""Draws images: `python -m pec_jax.sample --model=shapes --prompt="a red cat" --out=DIR`.
 
 Writes one PNG per image, a contact sheet `grid.png`, and `latents.npy` in diffusers' layout
 [N, C, h, w], fp32, unscaled as the scheduler leaves them.

@@ -30,13 +30,12 @@ CHECKED = [
     "pec_jax.perception.spaces",
     "pec_jax.rewards.clip",
     "pec_jax.rl",
+    "pec_jax.shapes.crowd",
+    "pec_jax.shapes.finish",
     "pec_jax.shapes.judge",
-    "pec_jax.world.crowd",
-    "pec_jax.world.finish",
-    "pec_jax.world.judge",
-    "pec_jax.world.objects",
-    "pec_jax.world.render",
-    "pec_jax.world.scenes",
+    "pec_jax.shapes.objects",
+    "pec_jax.shapes.render",
+    "pec_jax.shapes.scenes",
 ]
 
 
@@ -161,7 +160,8 @@ def small_config_dict():
     config = shapes_grpo.get_config()
     config.num_iterations = 4
     config.trainable.rank = 4
-    config.sampler.num_steps = 3
+    config.sampler.update({"num_steps": 3, "window": ()})
+    config.updates.minibatches = 1
     config.batch.update({"groups": 2, "group_size": 4})
     config.eval.update(
         {

@@ -48,12 +48,12 @@ def torch_judge(directory: Path) -> torch.nn.Module:
 
 def check_judge(experiment, judge) -> None:
     """The score is torch's, over the temperature."""
-    levels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32, 3))
+    levels = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3))
     images = (levels / 255).astype(np.float32)
     reward = experiment.rewards.rewards["judge"]
     found = reward.score(experiment.frozen.networks[reward.network], jnp.asarray(images), {})
     with torch.no_grad():
-        expected = judge(torch.tensor(images).reshape(-1, 32, 32, 3).movedim(-1, 1)) / 2.0
+        expected = judge(torch.tensor(images).reshape(-1, 64, 64, 3).movedim(-1, 1)) / 2.0
     # fp32 sums over 256 places in another order.
     np.testing.assert_allclose(found, expected.reshape(2, 3), rtol=1e-5, atol=1e-6)
 

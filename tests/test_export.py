@@ -19,14 +19,15 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
 from pec_jax.io import write_json
+from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.training.build import build
 from pec_jax.training.checkpoint import Checkpointer
 from pec_jax.training.trainer import train
 from pec_jax.weights.tensors import WeightsError, read_file
 from tests.conftest import ROOT, small_config_dict
 
-PROMPTS = ("a small red circle on a dark background", "a large blue cross at the top")
-LENGTH = 14  # tokens of the embedded T5
+PROMPTS = ("a small red cat in the snow", "two large blue stars at the top")
+LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 LORA, WEIGHTS = "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"
 STEPS = 4
 
@@ -70,7 +71,7 @@ def full_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    latents = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    latents = np.random.default_rng(0).normal(size=(2, 4, 16, 16)).astype(np.float32)
     np.save(path := tmp_path_factory.mktemp("latents") / "start.npy", latents)
     return latents, path
 

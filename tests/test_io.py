@@ -112,15 +112,15 @@ class TestLocalCopy:
 
     def test_a_file_is_fetched_once_until_it_changes(self, bucket, caplog):
         remote = io.path("gs://bucket/data/prompts.txt")
-        io.write_text(remote, "a red circle")
+        io.write_text(remote, "a red cat")
         with caplog.at_level("INFO"):
             first = io.local_copy(remote)
-        assert first.read_text() == "a red circle" and first.name == "prompts.txt"
+        assert first.read_text() == "a red cat" and first.name == "prompts.txt"
         assert "Fetching gs://bucket/data/prompts.txt" in caplog.text
         caplog.clear()
         assert io.local_copy(remote) == first and not caplog.text
-        io.write_text(remote, "a green circle")
-        assert io.local_copy(remote).read_text() == "a green circle"
+        io.write_text(remote, "a purple cat")
+        assert io.local_copy(remote).read_text() == "a purple cat"
 
     def test_of_a_directory_what_is_asked_for(self, bucket):
         remote = io.path("gs://bucket/model")

@@ -47,7 +47,7 @@ MISTAKES = [
     ("prompts.train", "shapes/nothing", ["shapes/nothing", "shapes/train_open"]),
     ("model.path", "/no/such/model", ["/no/such/model"]),
     ("trainable.targets", ("nothing_like_this$",), ["nothing_like_this"]),
-    ("model.height", 33, ["height", "33", "multiples of 8"]),
+    ("model.height", 33, ["height", "33", "multiples of 16"]),
 ]
 
 
@@ -113,10 +113,10 @@ def test_a_full_disk_is_answered(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model=/no/such/model", "--prompt=a circle"], ["/no/such/model"]),
-        (["--prompt=a circle", "--height=33"], ["height", "33"]),
-        (["--prompt=a circle", "--lora=/no/such/run"], ["/no/such/run", "run directory"]),
-        (["--prompt=a circle", "--init_latents=/no/such.npy"], ["/no/such.npy"]),
+        (["--model=/no/such/model", "--prompt=a cat"], ["/no/such/model"]),
+        (["--prompt=a cat", "--height=33"], ["height", "33"]),
+        (["--prompt=a cat", "--lora=/no/such/run"], ["/no/such/run", "run directory"]),
+        (["--prompt=a cat", "--init_latents=/no/such.npy"], ["/no/such.npy"]),
     ],
 )
 def test_mistakes_in_sampling_are_answered(tmp_path, flags, words):

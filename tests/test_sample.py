@@ -15,9 +15,10 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.models import vae
+from pec_jax.shapes.pretraining import tokenizers
 
-PROMPTS = ("a small red circle on a dark background", "a shape", "a large blue cross at the top")
-LENGTH = 14  # tokens of the embedded T5
+PROMPTS = ("a small red cat in the snow", "a thing", "two large blue stars at the top")
+LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +43,7 @@ def ours():
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Initial latents [3, C, h, w], as an array and as a file."""
-    latents = np.random.default_rng(0).normal(size=(3, 4, 8, 8)).astype(np.float32)
+    latents = np.random.default_rng(0).normal(size=(3, 4, 16, 16)).astype(np.float32)
     path = tmp_path_factory.mktemp("latents") / "start.npy"
     np.save(path, latents)
     return latents, path
@@ -111,7 +112,7 @@ def test_a_velocity_is_that_of_diffusers(oracle, ours, start, sigma):
 
 
 def test_the_autoencoder_is_that_of_diffusers(oracle, ours):
-    images = np.random.default_rng(1).uniform(-1, 1, size=(2, 32, 32, 3)).astype(np.float32)
+    images = np.random.default_rng(1).uniform(-1, 1, size=(2, 64, 64, 3)).astype(np.float32)
     with torch.no_grad():
         distribution = oracle.vae.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist
         decoded = oracle.vae.decode(distribution.mean).sample
@@ -134,9 +135,9 @@ def test_files_of_a_sample(tmp_path):
     sampling.run(request, tmp_path)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [*(f"{i:05d}.png" for i in range(6)), "grid.png", "latents.npy"]
-    assert np.load(tmp_path / "latents.npy").shape == (6, 4, 8, 8)
+    assert np.load(tmp_path / "latents.npy").shape == (6, 4, 16, 16)
     with Image.open(tmp_path / "00000.png") as image:
-        assert image.size == (32, 32)
+        assert image.size == (64, 64)
     with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.size[0] > 3 * 64
 
@@ -150,24 +151,24 @@ def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(tmp_path):
             num_steps=3,
             guidance=2.0,
             batch_size=size,
-            height=40,
-            width=24,
+            height=48,
+            width=32,
         )
         sampling.run(request, tmp_path / str(size))
     one, three = (np.load(tmp_path / str(size) / "latents.npy") for size in (1, 3))
-    assert one.shape == (3, 4, 10, 6)
+    assert one.shape == (3, 4, 12, 8)
     np.testing.assert_allclose(one, three, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((2, 4, 8, 8), np.float32), np.zeros((1, 4, 8, 8), np.int64)]
+    "array", [np.zeros((2, 4, 16, 16), np.float32), np.zeros((1, 4, 16, 16), np.int64)]
 )
 def test_latents_of_the_wrong_kind_are_refused(tmp_path, array):
     np.save(tmp_path / "bad.npy", array)
     request = sampling.Request(
         model="shapes", prompts=PROMPTS, num_images=1, init_latents=str(tmp_path / "bad.npy")
     )
-    with pytest.raises(ValueError, match=r"bad\.npy holds .* need floats of shape \(3, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"bad\.npy .* floats of shape \(3, 4, 16, 16\)"):
         sampling.run(request, tmp_path)
 
 
@@ -187,7 +188,7 @@ def test_what_a_run_has_learned_is_applied(tmp_path, small_config):
     ):
         request = sampling.Request(
             model="shapes",
-            prompts=("a shape",),
+            prompts=("a thing",),
             lora=lora,
             use_ema=use_ema,
             num_images=2,

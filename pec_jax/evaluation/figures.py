@@ -70,6 +70,33 @@ def training_curves(runs: Mapping[str, Sequence[Steps]]) -> Figure:
     return figure
 
 
+def spread_and_distance(
+    runs: Mapping[str, Sequence[Steps]], panels: Sequence[tuple[str, str]]
+) -> Figure:
+    """Evaluations over training: mean over seeds with a band from the least to the greatest.
+
+    Args:
+        runs: label -> the evaluations of each seed's run, at the same steps.
+        panels: (metric, title), such as quality, diversity and distance from the base model.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (metric, title) in zip(all_axes, panels):
+        for index, (label, seeds) in enumerate(runs.items()):
+            values = np.array([[line[metric] for line in lines] for lines in seeds])
+            steps, style = [line["step"] for line in seeds[0]], style_of(index)
+            axes.plot(steps, values.mean(axis=0), label=label, lw=2.0, **style)
+            axes.fill_between(
+                steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15
+            )
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
 def reward_entropy(runs: Mapping[str, Sequence[Steps]]) -> Figure:
     """Reward against exp(H_perc), one point per iteration, with the fit R = -a exp(H) + b.
 

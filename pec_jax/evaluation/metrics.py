@@ -22,6 +22,40 @@ class Interval(NamedTuple):
     high: float
 
 
+class Moments(NamedTuple):
+    """Mean and covariance of features: all that a Gaussian fitted to them knows."""
+
+    mean: np.ndarray  # [d]
+    covariance: np.ndarray  # [d, d]
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Of all images, whatever their prompts.
+
+    Args:
+        features: [..., d], at least two images.
+    """
+    rows = _checked(features).reshape(-1, features.shape[-1])
+    return Moments(rows.mean(axis=0), np.atleast_2d(np.cov(rows, rowvar=False)))
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """How far images as a whole have moved: the squared 2-Wasserstein distance of two Gaussians.
+
+    |m - m'|^2 + tr(C + C' - 2 (C^1/2 C' C^1/2)^1/2)
+
+    Source: Dowson and Landau 1982; of Inception's features it is the FID (Heusel et al. 2017).
+    With fewer images than dimensions it is biased, in the same way for everything that is measured
+    on as many.
+    """
+    values, vectors = np.linalg.eigh(one.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    between = np.linalg.eigvalsh(root @ other.covariance @ root)
+    trace = np.trace(one.covariance) + np.trace(other.covariance)
+    shift = np.sum((one.mean - other.mean) ** 2)
+    return float(max(shift + trace - 2.0 * np.sqrt(np.maximum(between, 0.0)).sum(), 0.0))
+
+
 def mean_pairwise_distance(features: np.ndarray, metric: str = "euclidean") -> np.ndarray:
     """Mean distance between two different images of a prompt.
 

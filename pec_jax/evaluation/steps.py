@@ -1,4 +1,4 @@
-"""The training curves of a run, as its metrics.jsonl has them."""
+"""The curves of a run, as its files have them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,21 @@ def read_steps(path: Path) -> list[dict[str, float]]:
 
     Numbers that were not finite, which JSON cannot hold, come back as such.
     """
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if "reward/mean" in values:
-            steps.append({name: float(value) for name, value in values.items()})
-    return steps
+    return [line for line in _lines(path) if "reward/mean" in line]
+
+
+def read_evaluations(directory: Path) -> list[dict[str, float]]:
+    """A finished run's evaluations: of the base model (step 0), on the way, and at the end.
+
+    The base model's distance from itself is 0.
+    """
+    last = json.loads((directory / "eval.json").read_text(encoding="utf-8"))
+    base = {n.removeprefix("base/"): v for n, v in last.items() if n.startswith("base/")}
+    base |= {name: 0.0 for name in last if name.startswith("distance/")}
+    on_the_way = [line for line in _lines(directory / "metrics.jsonl") if "count/prompts" in line]
+    return [base | {"step": 0}, *on_the_way, last | {"step": last["iterations"]}]
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{name: float(value) for name, value in line.items()} for line in lines]

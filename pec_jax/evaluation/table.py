@@ -260,6 +260,8 @@ def describe(columns: Sequence[str]) -> dict[str, str]:
 
 
 _DEFINITIONS = {
+    "quality/finish": "how well made the images are, by the rules of the embedded world",
+    "diversity/attributes": "entropy of what a prompt leaves open, over its maximum",
     QUALITY: "mean over the quality metrics, each scaled to 0..1 over the rows",
     DIVERSITY: "the same over the diversity metrics",
     OVERALL: "mean of the two averages",

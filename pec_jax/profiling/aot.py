@@ -209,7 +209,7 @@ def _reward_inputs(reward: Reward, num_groups: int, where: Any) -> PyTree:
     if reward.input_shapes is not None:
         prepared = reward.input_shapes(num_groups)
     else:
-        prepared = reward.prepare({}, [Prompt("a circle", {})] * num_groups)
+        prepared = reward.prepare({}, [Prompt("a cat", {})] * num_groups)
     return jax.tree.map(lambda a: _shape(tuple(np.shape(a)), where, a.dtype), prepared)
 
 

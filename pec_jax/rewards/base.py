@@ -39,6 +39,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flax import struct
 from jaxtyping import Array
 
 from pec_jax.config.fields import field
@@ -53,6 +54,14 @@ def nothing_per_prompt(variables: PyTree, prompts: Sequence[Prompt]) -> PyTree:
     return {}
 
 
+@struct.dataclass
+class Measures:
+    """What an evaluation publishes of N images of P prompts."""
+
+    scores: dict[str, Array]  # `quality/<name>` [P, N] fp32
+    diversities: dict[str, Array]  # `diversity/<name>` [P] fp32; nan where nothing can be said
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """One way to judge images. Static; weights are arguments.
@@ -65,6 +74,8 @@ class Reward:
         network: key of the variables that both get, see `Networks`; '' for none ({}).
         input_shapes: N -> what `prepare` returns, as shapes; None where it can run without
             weights.
+        measure: called as `score`, what the evaluation publishes in its place -> Measures; pure.
+            For a judge that sees more in an image than its score. None publishes the score.
     """
 
     name: str
@@ -72,6 +83,7 @@ class Reward:
     prepare: Callable[[PyTree, Sequence[Prompt]], PyTree] = nothing_per_prompt
     network: str = ""
     input_shapes: Callable[[int], PyTree] | None = None
+    measure: Callable[[PyTree, Array, PyTree], Measures] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

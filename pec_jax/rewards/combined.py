@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pec_jax.config.registry import REWARDS
 from pec_jax.data.prompts import Prompt
 from pec_jax.perception.networks import Networks
-from pec_jax.rewards.base import Reward
+from pec_jax.rewards.base import Measures, Reward
 from pec_jax.types import PyTree
 
 
@@ -61,18 +61,41 @@ class CombinedReward:
         Raises:
             ValueError: a reward returned something that is not [P, K].
         """
-        parts = {}
-        for name, reward in self.rewards.items():
-            part = reward.score(variables_of(reward, networks), images, inputs[name])
-            if part.shape != images.shape[:2]:
-                raise ValueError(
-                    f"The reward {name!r} returned an array of shape {part.shape}; "
-                    f"expected one number per image, {images.shape[:2]}."
-                )
-            parts[name] = part.astype(jnp.float32)
+        parts = {
+            name: self._score(reward, variables_of(reward, networks), images, inputs[name])
+            for name, reward in self.rewards.items()
+        }
         # Weight 0 leaves a reward out altogether, for 0 * nan would spoil the sum.
         terms = [self.weights[name] * parts[name] for name in parts if self.weights[name]]
         return sum(terms, jnp.zeros(images.shape[:2], jnp.float32)), parts
+
+    def measure(
+        self,
+        networks: Mapping[str, PyTree],
+        images: Float[Array, "p k h w 3"],
+        inputs: Mapping[str, PyTree],
+    ) -> Measures:
+        """What each reward publishes in an evaluation, unweighted; arguments as of `score`."""
+        scores: dict[str, Array] = {}
+        diversities: dict[str, Array] = {}
+        for name, reward in self.rewards.items():
+            variables = variables_of(reward, networks)
+            if reward.measure is None:
+                scores[name] = self._score(reward, variables, images, inputs[name])
+            else:
+                measured = reward.measure(variables, images, inputs[name])
+                scores |= measured.scores
+                diversities |= measured.diversities
+        return Measures(scores, diversities)
+
+    def _score(self, reward: Reward, variables: PyTree, images: Array, inputs: PyTree) -> Array:
+        part = reward.score(variables, images, inputs)
+        if part.shape != images.shape[:2]:
+            raise ValueError(
+                f"The reward {reward.name!r} returned an array of shape {part.shape}; "
+                f"expected one number per image, {images.shape[:2]}."
+            )
+        return part.astype(jnp.float32)
 
 
 def variables_of(reward: Reward, networks: Mapping[str, PyTree]) -> PyTree:

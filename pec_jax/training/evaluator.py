@@ -2,22 +2,25 @@
 
 | name | definition |
 |---|---|
-| `quality/<reward>` | mean of the reward over all images |
+| `quality/<reward>` | mean of the reward over all images, or of what it measures instead |
 | `diversity/<encoder>` | mean pairwise Euclidean distance of a prompt's raw features |
 | `diversity/vendi_<encoder>` | Vendi score of a prompt's images, cosine kernel |
 | `diversity/variance_<encoder>` | mean squared distance of unit features to their group's mean |
+| `diversity/<reward>` | by the reward; `attributes`: entropy of what a prompt leaves open |
 | `entropy/<estimator>_<encoder>` | perceptual entropy, nats per dimension, of the images |
 | `entropy/output` | entropy of the latents given the prompt, nats per dimension, along the ODE |
 | `entropy/output_error` | its standard error over prompts |
+| `distance/frechet_<encoder>` | Fréchet distance of all images' features from the base model's |
 
-The first four are means over prompts; `<name>/low` and `<name>/high` bound their 95% bootstrap
+The first five are means over prompts; `<name>/low` and `<name>/high` bound their 95% bootstrap
 interval over prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +65,13 @@ def image_function(experiment: Experiment, num_images: int) -> Callable[..., Arr
     return draw
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation says, and what later ones are compared with."""
+
+    numbers: dict[str, float]
+    moments: dict[str, metrics.Moments]  # of the features in each encoder's space
+
+
 class Evaluator:
     """Draws and measures images of fixed prompts from fixed noise.
 
@@ -80,8 +90,19 @@ class Evaluator:
         self._entropies = jax.jit(entropy_function(experiment))
         self._output_entropy = jax.jit(output_entropy_function(experiment))
 
-    def __call__(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
-        """Metric -> number on the held-out prompts; see the table at the top of this file."""
+    def __call__(
+        self,
+        params: PyTree,
+        frozen: Frozen,
+        base: Mapping[str, metrics.Moments] | None = None,
+    ) -> Evaluation:
+        """Measures on the held-out prompts; see the table at the top of this file.
+
+        Args:
+            params: of the policy.
+            frozen: all else.
+            base: the base model's moments, for the distances from it; None leaves them out.
+        """
         table, batches = self._experiment.tables["heldout"], []
         for start, key in self._keys.items():
             batch = self._batch(table, start)
@@ -90,9 +111,13 @@ class Evaluator:
         joined = jax.tree.map(lambda *a: np.concatenate(a)[: len(table)], *batches)
         features = put_replicated(joined["features"], self._mesh)
         entropies = jax.device_get(self._entropies(features))
-        return summarise(joined["scores"], joined["features"]) | {
-            name: float(value) for name, value in entropies.items()
-        }
+        numbers = summarise(joined["scores"], joined["features"], joined["diversities"])
+        numbers |= {name: float(value) for name, value in entropies.items()}
+        moments = {name: metrics.moments(value) for name, value in joined["features"].items()}
+        for name, before in sorted((base or {}).items()):  # read from a file, in any order
+            distance = metrics.frechet_distance(moments[name], before)
+            numbers[f"distance/frechet_{name}"] = distance
+        return Evaluation(numbers, moments)
 
     def output_entropy(self, params: PyTree, frozen: Frozen) -> dict[str, float]:
         """Entropy of what is drawn, on the first `eval.groups` held-out prompts."""
@@ -155,14 +180,18 @@ def output_entropy_function(experiment: Experiment) -> Callable[..., tuple[Array
 
 
 def measure_function(experiment: Experiment) -> Callable[..., dict[str, PyTree]]:
-    """(frozen, batch, images [P, N, H, W, 3]) -> scores {reward: [P, N]}, features [P, N, d]."""
+    """(frozen, batch, images [P, N, H, W, 3]) -> the arguments of `summarise`."""
 
     def measure(frozen: Frozen, batch: Batch, images: Array) -> dict[str, PyTree]:
-        _, scores = experiment.rewards.score(frozen.networks, images, batch.reward_inputs)
+        measured = experiment.rewards.measure(frozen.networks, images, batch.reward_inputs)
         features = {
             name: space.of_images(frozen, images) for name, space in experiment.spaces.items()
         }
-        return {"scores": scores, "features": features}
+        return {
+            "scores": measured.scores,
+            "features": features,
+            "diversities": measured.diversities,
+        }
 
     return measure
 
@@ -172,9 +201,22 @@ def _unit_variance(features: Array) -> Array:
     return perceptual_variance(scale_features(features, "unit"))
 
 
-def summarise(scores: dict[str, np.ndarray], features: dict[str, np.ndarray]) -> dict[str, float]:
-    """Numbers and intervals from scores {reward: [P, N]} and raw features {encoder: [P, N, d]}."""
+def summarise(
+    scores: dict[str, np.ndarray],
+    features: dict[str, np.ndarray],
+    diversities: dict[str, np.ndarray],
+) -> dict[str, float]:
+    """Numbers and intervals.
+
+    Args:
+        scores: reward to [P, N].
+        features: encoder to raw features [P, N, d].
+        diversities: reward to [P]; nan for a prompt of which it can say nothing.
+    """
     per_prompt = {f"quality/{name}": value.mean(axis=1) for name, value in scores.items()}
+    for name, value in diversities.items():
+        if np.isfinite(value).any():
+            per_prompt[f"diversity/{name}"] = value[np.isfinite(value)]
     for name, value in features.items():
         per_prompt[f"diversity/{name}"] = metrics.mean_pairwise_distance(value)
         per_prompt[f"diversity/vendi_{name}"] = metrics.vendi_score(value)

@@ -25,9 +25,11 @@ from pec_jax.distributed import mesh as mesh_lib
 from pec_jax.distributed import processes
 from pec_jax.errors import RunError
 from pec_jax.evaluation.fit import exponential_fit
+from pec_jax.evaluation.metrics import Moments
 from pec_jax.evaluation.steps import read_steps
 from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
+from pec_jax.training import base_evaluation
 from pec_jax.training.build import (
     BASE_STREAM,
     EVAL_STREAM,
@@ -37,7 +39,7 @@ from pec_jax.training.build import (
     stream_key,
 )
 from pec_jax.training.checkpoint import Checkpointer, OtherModelError
-from pec_jax.training.evaluator import Evaluator
+from pec_jax.training.evaluator import Evaluation, Evaluator
 from pec_jax.training.metric_writer import MetricWriter, Progress, make_writer
 from pec_jax.training.run_directory import RunDirectory
 from pec_jax.types import Batch, PyTree, TrainState
@@ -115,7 +117,7 @@ class _Run:
         progress = Progress(self._config.num_iterations, first, SHOWN, first=processes.is_primary())
         log = _Log(writer, progress, self._config)
         actions = self._actions(writer, log)
-        base = self._base_evaluation()
+        self._base = self._base_evaluation()
         if first == 0:
             self._save_samples(writer, 0, state)
         logging.info("Compiling the train step: the first iteration takes its time ...")
@@ -131,7 +133,7 @@ class _Run:
                     for action in actions:
                         action(iteration + 1, state=state)
             log.flush()
-            return self._finish(state, base, writer, stopped=stopped)
+            return self._finish(state, writer, stopped=stopped)
         finally:
             progress.close()
             writer.close()
@@ -201,7 +203,9 @@ class _Run:
 
         def evaluate(state: TrainState) -> None:
             log.flush()
-            writer.scalars(int(state.step), self._evaluator(self._eval_params(state), self._frozen))
+            params = self._eval_params(state)
+            evaluation = self._evaluator(params, self._frozen, self._base.moments)
+            writer.scalars(int(state.step), evaluation.numbers)
 
         pairs = (
             (every.sample_every, sample),
@@ -217,7 +221,7 @@ class _Run:
         ]
 
     def _finish(
-        self, state: TrainState, base: dict[str, float], writer: MetricWriter, *, stopped: bool
+        self, state: TrainState, writer: MetricWriter, *, stopped: bool
     ) -> dict[str, float]:
         step = int(state.step)
         self._save(writer, state)
@@ -226,8 +230,8 @@ class _Run:
             logging.info("Stopped after iteration %d; the same command resumes it.", step)
             return {}
         self._save_samples(writer, step, state)
-        result = self._full_evaluation(self._eval_params(state))
-        result |= {f"base/{name}": value for name, value in base.items()}
+        result = self._full_evaluation(self._eval_params(state), self._base.moments).numbers
+        result |= {f"base/{name}": value for name, value in self._base.numbers.items()}
         result |= {"seed": self._config.seed, "iterations": step}
         if processes.is_primary():
             result |= reward_entropy_fit(self._directory.metrics_file)
@@ -241,19 +245,21 @@ class _Run:
         writer.flush()
         self._checkpointer.save(state)
 
-    def _base_evaluation(self) -> dict[str, float]:
-        """The model as it was before training; kept in a file, for a resumed run has lost it."""
-        path = self._directory.base_evaluation_file
-        if processes.broadcast_from_primary(path.exists()):
-            return io.read_json(path)
+    def _base_evaluation(self) -> Evaluation:
+        """The model as it was before training."""
+        if processes.broadcast_from_primary(base_evaluation.exists(self._directory)):
+            return base_evaluation.read(self._directory)
         result = self._full_evaluation(self._params)
         if processes.is_primary():
-            io.write_json(path, result)
+            base_evaluation.write(self._directory, result)
         return result
 
-    def _full_evaluation(self, params: PyTree) -> dict[str, float]:
-        return self._evaluator(params, self._frozen) | self._evaluator.output_entropy(
-            params, self._frozen
+    def _full_evaluation(
+        self, params: PyTree, base: Mapping[str, Moments] | None = None
+    ) -> Evaluation:
+        result = self._evaluator(params, self._frozen, base)
+        return result._replace(
+            numbers=result.numbers | self._evaluator.output_entropy(params, self._frozen)
         )
 
     def _eval_params(self, state: TrainState) -> PyTree:

@@ -88,7 +88,7 @@ def test_the_same_noise_gives_the_same_trajectory_and_scores(setup, ours, theirs
     keys = sampler.image_keys(jax.random.fold_in(setup.key, 1), 8)
 
     def noise(step, images):
-        shape = (len(images), 8, 8, 4)
+        shape = (len(images), 16, 16, 4)
         return nchw(sampler._step_noise(keys[images.numpy()], jnp.int32(step), shape))
 
     found = theirs.rollout(nchw(rollout.trajectory.x_t[0]), noise)

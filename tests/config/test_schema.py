@@ -47,7 +47,7 @@ def test_differences_name_the_field_and_both_values(small_config):
     small_config.optimizer.learning_rate = 0.5
     new = config_lib.to_dict(from_config_dict(small_config))
     assert config_lib.differences(old, new) == [
-        "config.optimizer.learning_rate: 0.002 there, 0.5 now"
+        "config.optimizer.learning_rate: 0.003 there, 0.5 now"
     ]
 
 

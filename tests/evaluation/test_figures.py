@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
 
 from pec_jax.evaluation import figures, table
+from pec_jax.evaluation.steps import read_evaluations
 from tests.evaluation.test_table import row
 
 RNG = np.random.default_rng(0)
@@ -87,3 +89,22 @@ def test_the_scatter_has_every_row_and_the_front(seeds):
 def test_empty_runs_are_drawn_without_a_stack_trace():
     figures.training_curves({"a": [[]]}).savefig(io.BytesIO(), format="png")
     figures.reward_entropy({}).savefig(io.BytesIO(), format="png")
+
+
+def test_evaluations_are_drawn_from_the_base_to_the_end(tmp_path):
+    (tmp_path / "eval.json").write_text(
+        json.dumps({"quality/a": 3.0, "base/quality/a": 1.0, "distance/b": 0.5, "iterations": 20})
+    )
+    lines = [
+        {"step": 5, "reward/mean": 1.0},
+        {"step": 10, "quality/a": 2.0, "distance/b": 0.2, "count/prompts": 8},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_evaluations(tmp_path)
+    assert [line["step"] for line in found] == [0, 10, 20]
+    assert [line["quality/a"] for line in found] == [1.0, 2.0, 3.0]
+    assert [line["distance/b"] for line in found] == [0.0, 0.2, 0.5]
+    panels = (("quality/a", "quality"), ("distance/b", "distance"))
+    figure = figures.spread_and_distance({"x": [found, found]}, panels)
+    assert [axes.get_title() for axes in figure.axes] == ["quality", "distance"]
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [0.0, 0.2, 0.5])

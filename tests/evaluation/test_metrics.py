@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 from scipy.spatial.distance import pdist
 from vendi_score import vendi
 
@@ -14,6 +15,34 @@ from pec_jax.evaluation import metrics
 
 def _features(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    """Closed form: |m - m'|^2 + |s - s'|^2 for independent dimensions of std s and s'."""
+    rotation = np.linalg.qr(_features(4, 4))[0]
+    s, other_s = np.array([1.0, 2.0, 0.5, 0.0]), np.array([2.0, 2.0, 1.0, 0.3])
+    mean, other_mean = _features(2, 4, seed=1)
+    one = metrics.Moments(mean, rotation * s**2 @ rotation.T)
+    other = metrics.Moments(other_mean, rotation * other_s**2 @ rotation.T)
+    expected = np.sum((mean - other_mean) ** 2) + np.sum((s - other_s) ** 2)
+    assert metrics.frechet_distance(one, other) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_is_that_of_scipys_matrix_root():
+    """Of covariances that do not commute; the usual formula has tr (C C')^1/2."""
+    one, other = (metrics.moments(_features(50, 3, 8, seed=i) * (1 + i)) for i in (1, 2))
+    root = scipy.linalg.sqrtm(one.covariance @ other.covariance).real
+    shift = np.sum((one.mean - other.mean) ** 2)
+    expected = shift + np.trace(one.covariance + other.covariance - 2 * root)
+    assert metrics.frechet_distance(one, other) == pytest.approx(expected, rel=1e-6)
+    assert metrics.frechet_distance(one, one) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_moments_are_of_all_images():
+    f = _features(5, 4, 3)
+    found = metrics.moments(f)
+    np.testing.assert_allclose(found.mean, f.reshape(20, 3).mean(0))
+    np.testing.assert_allclose(found.covariance, np.cov(f.reshape(20, 3).T))
 
 
 @pytest.mark.parametrize("metric", metrics.METRICS)

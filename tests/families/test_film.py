@@ -21,7 +21,7 @@ from pec_jax.types import Transition
 from tests.conftest import small_config_dict
 from tests.families.film import Film
 
-PROMPTS = ["a shape", "a small red circle on a dark background", ""]
+PROMPTS = ["a thing", "a small red cat in the snow", ""]
 STEPS = 3
 
 

@@ -26,7 +26,7 @@ def test_guidance_is_an_input_where_it_was_distilled_and_classifier_free_elsewhe
     other = write_pipeline(tmp_path / "schnell", "flux", {"guidance_embeds": False})
     schnell = load_pipeline(other, text=False)
     assert (dev.default_guidance, schnell.default_guidance) == (3.5, 1.0)
-    text = dev.text.encode(["a shape", ""])
+    text = dev.text.encode(["a thing", ""])
     positive, negative = (jax.tree.map(lambda a: a[i : i + 1], text) for i in (0, 1))  # noqa: B023
     x = jax.random.normal(jax.random.key(0), (1, *dev.latent_shape(32, 32)))
     sigma = jnp.float32(0.6)

@@ -31,7 +31,7 @@ from pec_jax.io import read_json
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError, read_tensors
 
-CAPTIONS = ["a small red circle on a dark background", "a large blue square at the top", "a shape"]
+CAPTIONS = ["a small red cat in the snow", "two large blue houses at the top", "a thing"]
 
 
 def text_parts(root):

@@ -26,7 +26,7 @@ from pec_jax.families.text import load_tokenizer
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
-CAPTIONS = ["a small red circle on a dark background", "a large blue square at the top", "a shape"]
+CAPTIONS = ["a small red cat in the snow", "two large blue houses at the top", "a thing"]
 T5_WIDTH = 80
 MODEL_INDEX = {
     "_class_name": "StableDiffusion3Pipeline",
@@ -131,7 +131,7 @@ def oracle(pipeline, prompts):
         CAPTIONS,
         [""],
         ["Zürich, 10% off!", "A  RED\tCircle"],  # other alphabets, case and white space
-        ["a small red circle on a dark background " * 3],  # cut off
+        ["a small red cat in the snow " * 3],  # cut off
     ],
 )
 def test_encoding_equals_diffusers(stack, pipeline, prompts):
@@ -146,9 +146,9 @@ def test_encoding_equals_diffusers(stack, pipeline, prompts):
 
 
 def test_long_prompts_warn_once(stack):
-    long = ["a red circle " * 8, "a blue square " * 9]
+    long = ["a red cat " * 8, "a blue house " * 9]
     with pytest.warns(UserWarning, match=r"2 of 3 prompts .*cut off") as caught:
-        stack.encode([*long, "a shape"])
+        stack.encode([*long, "a thing"])
     assert len(caught) == 1
 
 

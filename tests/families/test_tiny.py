@@ -12,10 +12,11 @@ from pec_jax.families.pipeline import load_pipeline
 from pec_jax.families.tiny import write_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.io import read_json, write_json
+from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
-PROMPTS = ("a small red circle on a dark background", "a shape")
-T5_LENGTH = 14  # tokens of the embedded tokenizers
+PROMPTS = ("a small red cat in the snow", "a thing")
+T5_LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 # Name -> (family, transformer entries, height, width).
 CASES = {
     "sd3 default": ("sd3", {}, 32, 32),

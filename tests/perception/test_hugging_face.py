@@ -29,7 +29,7 @@ from pec_jax.perception.hugging_face import load_encoder
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
-CAPTIONS = ["a small red circle on a dark background", "a shape", ""]
+CAPTIONS = ["a small red cat in the snow", "a thing", ""]
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
@@ -88,11 +88,15 @@ def as_float(images: np.ndarray) -> jnp.ndarray:
 
 def test_clip_features_equal_transformers(clip_directory):
     encoder, variables = load_encoder(clip_directory)
-    assert (encoder.name, encoder.dim, encoder.text_length) == ("tiny-clip", 24, 14)
+    assert (encoder.name, encoder.dim, encoder.text_length) == (
+        "tiny-clip",
+        24,
+        tokenizers.MAX_LENGTH,
+    )
     assert encoder.network == str(clip_directory)
     images = images_8bit(3, 32, 32, 3)
     ids = encoder.tokenize(CAPTIONS)
-    assert ids.shape == (3, 14) and ids.dtype == np.int32
+    assert ids.shape == (3, tokenizers.MAX_LENGTH) and ids.dtype == np.int32
     image = jax.jit(encoder.image_features)(variables, as_float(images))
     text = jax.jit(encoder.text_features)(variables, ids)
     logits = encoder.logit_scale(variables) * unit(image) @ unit(text).T

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from pec_jax.config import from_config_dict
+from pec_jax.config.registry import REWARDS
 from pec_jax.distributed import mesh as sharding
 from pec_jax.errors import FileError
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.models import layers
 from pec_jax.perception.encoder import Encoder
 from pec_jax.perception.networks import Networks
-from pec_jax.rewards import pickscore
 from pec_jax.rewards.base import ModelRewardOptions
 from pec_jax.rl.score import Space
 from pec_jax.types import Frozen
@@ -27,7 +27,7 @@ from pec_jax.weights.tensors import write_tensors
 from tests.conftest import on_eight_devices, small_config_dict
 
 OWN = SHAPES_DIRECTORY / "encoders"
-IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 32, 32, 3))
+IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 64, 64, 3))
 TEXT = jnp.ones((2, 64))
 
 
@@ -76,7 +76,7 @@ def test_the_second_call_for_a_directory_loads_nothing(networks, monkeypatch):
 
 def flops(networks: Networks, encoder: Encoder, *, rewarded: bool, perceived: bool) -> float:
     """Of a score that looks at its images as the train step does."""
-    reward = pickscore.make(ModelRewardOptions(), networks)
+    reward = REWARDS["pickscore"].make(ModelRewardOptions(), networks)
     space = Space(encoder.network, encoder.image_features, 1.0)
 
     def score(variables, images):

@@ -23,8 +23,8 @@ from pec_jax.rewards import ModelRewardOptions, clip
 from pec_jax.rewards.combined import make_rewards
 from pec_jax.weights.tensors import read_tensors, write_tensors
 
-WORDS = ["<pad>", "<unk>", "a", "red", "blue", "circle"]
-PROMPTS = [Prompt("a red circle"), Prompt("a blue circle")]
+WORDS = ["<pad>", "<unk>", "a", "red", "blue", "cat"]
+PROMPTS = [Prompt("a red cat"), Prompt("a blue cat")]
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 4, 4, 3), minval=-0.1, maxval=1.1)
 
 
@@ -126,7 +126,7 @@ def test_pickscore_in_bfloat16_keeps_its_scale(tmp_path, dtype):
     variables = networks.variables[pickscore.network]
     scale = networks.encoder("pickscore", "").logit_scale(variables)
     assert scale == np.exp(np.float32(4.60517)) and scale == pytest.approx(100.0, abs=1e-3)
-    prompts = [Prompt("a red circle"), Prompt("a blue square")]
+    prompts = [Prompt("a red cat"), Prompt("a blue house")]
     inputs = pickscore.prepare(variables, prompts)
     images = jax.random.uniform(jax.random.key(1), (2, 3, 32, 32, 3))
     found, bare = (reward.score(variables, images, inputs) for reward in (pickscore, cosine))
@@ -145,7 +145,7 @@ def test_text_features_of_more_prompts_than_a_batch():
 
 
 def test_one_warning_for_all_that_is_cut():
-    long = "a red circle a red circle a"
+    long = "a red cat a red cat a"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ids = clip.tokenize(ENCODER, ["a", long, long + " blue"])
@@ -154,7 +154,7 @@ def test_one_warning_for_all_that_is_cut():
     np.testing.assert_array_equal(ids, [[2, 0, 0, 0, 0], [2, 3, 5, 2, 3], [2, 3, 5, 2, 3]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        clip.tokenize(ENCODER, ["a red circle a red"])  # exactly the length
+        clip.tokenize(ENCODER, ["a red cat a red"])  # exactly the length
 
 
 def test_pickscore_needs_a_logit_scale():

@@ -11,6 +11,7 @@ import pytest
 
 from pec_jax.data.prompts import Prompt
 from pec_jax.rewards import Reward, RewardOptions, field, register
+from pec_jax.rewards.base import Measures
 from pec_jax.rewards.combined import CombinedReward, make_rewards
 
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 3, 4, 4, 3))
@@ -43,6 +44,20 @@ def test_weighted_sum():
     np.testing.assert_array_equal(parts["length"], length)
     np.testing.assert_allclose(total, 2 * red - 0.5 * length, rtol=1e-6)
     assert total.dtype == parts["length"].dtype == jnp.float32
+
+
+def test_an_evaluation_publishes_what_is_measured_or_else_the_score():
+    def measure(variables, images, inputs):
+        return Measures({"sharp": images[..., 1].mean((-2, -1))}, {"spread": inputs / 4})
+
+    judge = dataclasses.replace(LENGTH, measure=measure)
+    reward = CombinedReward({"red": RED, "length": judge}, {"red": 1.0, "length": 0.0})
+    found = jax.jit(reward.measure)(NETWORKS, IMAGES, reward.prepare(NETWORKS, PROMPTS))
+    assert set(found.scores) == {"red", "sharp"}
+    np.testing.assert_allclose(
+        found.scores["red"], 3.0 * np.asarray(IMAGES)[..., 0].mean((-2, -1)), rtol=1e-6
+    )
+    np.testing.assert_allclose(found.diversities["spread"], [0.25, 1.0])
 
 
 def test_weights_of_networks_are_arguments_not_constants():

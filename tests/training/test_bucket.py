@@ -29,7 +29,7 @@ from tests.training.test_trainer import (
 )
 
 RUN = "gs://bucket/runs/pec"
-PROMPTS = ("a red circle", "a green square", "two circles")
+PROMPTS = ("a red cat", "two purple stars", "two cats")
 
 
 def start(root, module, *flags):
@@ -136,7 +136,7 @@ def test_a_refused_start_changes_nothing(runs):
 
 def test_sample(runs):
     root, alone, _ = runs
-    flags = ["--prompt=a red circle", "--num_images=2", "--num_steps=2"]
+    flags = ["--prompt=a red cat", "--num_images=2", "--num_steps=2"]
     finish(start(root, "sample", *flags, f"--lora={RUN}", "--out=gs://bucket/images"))
     finish(start(root, "sample", *flags, f"--lora={alone}", f"--out={root / 'images'}"))
     images = root / "gs" / "bucket" / "images"
@@ -158,7 +158,7 @@ def test_export_and_sample_with_it(runs):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     # Once more into the same place, which is recognised as an earlier export.
     finish(start(root, "export", f"--workdir={RUN}", "--kind=lora", "--out=gs://bucket/lora"))
-    flags = ["--prompt=a red circle", "--num_images=1", "--num_steps=2"]
+    flags = ["--prompt=a red cat", "--num_images=1", "--num_steps=2"]
     finish(start(root, "sample", *flags, "--lora=gs://bucket/lora", "--out=gs://bucket/more"))
     latents = np.load(root / "gs" / "bucket" / "more" / "latents.npy")
     assert np.isfinite(latents).all()

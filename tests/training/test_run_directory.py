@@ -294,7 +294,7 @@ def changed(path, value):
 
 
 REFUSED = {
-    "another config": (("optimizer.learning_rate", 0.125), False, ["0.002 there, 0.125 now"]),
+    "another config": (("optimizer.learning_rate", 0.125), False, ["0.003 there, 0.125 now"]),
     "another rank": (
         ("trainable.rank", 2),
         True,

@@ -124,6 +124,11 @@ def test_a_run_directory_holds_what_it_should(finished):
     for name in ("quality/pickscore", "diversity/dino", "diversity/vendi_clip"):
         assert result[f"{name}/low"] <= result[name] <= result[f"{name}/high"]
         assert f"base/{name}" in result
+    assert result["distance/frechet_dino"] > 0 and "base/distance/frechet_dino" not in result
+    assert {p.name for p in directory.glob("eval_base.*")} == {
+        "eval_base.json",
+        "eval_base.safetensors",
+    }
     assert json.loads((directory / "config.json").read_text())["batch"]["groups"] == 2
     assert list(directory.glob("events.out.tfevents*"))
     assert {p.name for p in (directory / "checkpoints").iterdir() if p.name.isdigit()} == {"2", "4"}
@@ -153,7 +158,7 @@ def test_a_work_directory_of_another_config_is_refused(finished):
     config.optimizer.learning_rate = 0.125
     with pytest.raises(RunError) as error:
         train_lib.train(config, finished[0])
-    assert "config.optimizer.learning_rate: 0.002 there, 0.125 now" in str(error.value)
+    assert "config.optimizer.learning_rate: 0.003 there, 0.125 now" in str(error.value)
     assert "--allow_config_change" in str(error.value)
 
 
@@ -227,7 +232,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, own_cache):
 
 def test_a_run_that_only_meets_nans_stops_with_its_checkpoint_in_place(tmp_path):
     config = small_config_dict()
-    config.optimizer.update({"learning_rate": 1e30, "max_skipped": 2, "grad_clip": 0.0})
+    config.optimizer.update({"learning_rate": 1e38, "max_skipped": 2, "grad_clip": 0.0})
     config.num_iterations = 8
     config.schedule.update({"checkpoint_every": 1, "eval_every": 0, "sample_every": 0})
     with pytest.raises(RunError, match="2 updates in a row were not finite"):

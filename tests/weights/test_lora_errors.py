@@ -16,8 +16,8 @@ from pec_jax.weights.tensors import WeightsError
 
 Q, K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
 LAYER = {
-    f"transformer.{Q}.lora_A.weight": np.ones((2, 96), np.float32),
-    f"transformer.{Q}.lora_B.weight": np.ones((96, 2), np.float32),
+    f"transformer.{Q}.lora_A.weight": np.ones((2, 128), np.float32),
+    f"transformer.{Q}.lora_B.weight": np.ones((128, 2), np.float32),
 }
 SETTINGS = {"r": 2, "lora_alpha": 4}
 
@@ -41,7 +41,7 @@ def renamed(old: str, new: str):
 class TestClearErrors:
     def test_the_file_they_start_from_is_fine(self, tmp_path, params):
         adapter = read_lora(save(tmp_path), params)["transformer_blocks.0:2"]["attn"]["to_q"]
-        assert adapter["a"].shape == (2, 96, 2) and adapter["b"].shape == (2, 2, 96)
+        assert adapter["a"].shape == (2, 128, 2) and adapter["b"].shape == (2, 2, 128)
         assert adapter["b"][0].min() == 2.0 and not adapter["a"][1].any()
 
     @pytest.mark.parametrize(
@@ -52,29 +52,29 @@ class TestClearErrors:
             (dict(list(LAYER.items())[:1]), [Q, "lacks its lora_B.weight"]),
             (dict(list(LAYER.items())[1:]), [Q, "lacks its lora_A.weight"]),
             (LAYER | {f"transformer.{K}.alpha": np.float32(1)}, [K, "lacks its lora_A"]),
-            (LAYER | {f"transformer.{Q}.lora_A.weight": np.ones((3, 96))}, [Q, r"\[3, 96\]"]),
+            (LAYER | {f"transformer.{Q}.lora_A.weight": np.ones((3, 128))}, [Q, r"\[3, 128\]"]),
             (LAYER | {f"transformer.{Q}.lora_A.weight": np.ones((2, 97))}, [Q, r"\[2, 97\]"]),
-            (LAYER | {f"transformer.{Q}.lora_A.weight": np.ones(96)}, [Q, r"\[96\]"]),
+            (LAYER | {f"transformer.{Q}.lora_A.weight": np.ones(128)}, [Q, r"\[128\]"]),
             (LAYER | {f"transformer.{Q}.lora_A.weight": np.float32(1)}, [Q, r"shape \[\]"]),
             (
                 {
-                    f"transformer.{Q}.lora_A.weight": np.ones((5000, 96), np.float16),
-                    f"transformer.{Q}.lora_B.weight": np.ones((96, 5000), np.float16),
+                    f"transformer.{Q}.lora_A.weight": np.ones((5000, 128), np.float16),
+                    f"transformer.{Q}.lora_B.weight": np.ones((128, 5000), np.float16),
                 },
                 [Q, "r from 1 to 4096"],
             ),
             (
                 {
-                    f"transformer.{Q}.lora_A.weight": np.ones((0, 96)),
-                    f"transformer.{Q}.lora_B.weight": np.ones((96, 0)),
+                    f"transformer.{Q}.lora_A.weight": np.ones((0, 128)),
+                    f"transformer.{Q}.lora_B.weight": np.ones((128, 0)),
                 },
-                [Q, r"\[0, 96\]"],
+                [Q, r"\[0, 128\]"],
             ),
             (LAYER | {"text_encoder.x.lora_A.weight": np.ones(1)}, ["text encoder", "alone"]),
             (LAYER | {"lora_te1_x.lora_down.weight": np.ones(1)}, ["text encoder"]),
             (renamed("lora_A", "lora.down"), [r"lora\.down\.weight", "save_lora_adapter"]),
-            (LAYER | {f"transformer.{Q}.lora_magnitude_vector": np.ones(96)}, ["magnitude"]),
-            (LAYER | {f"{Q}.lora_A.weight": np.ones((2, 96))}, [Q, "two names"]),
+            (LAYER | {f"transformer.{Q}.lora_magnitude_vector": np.ones(128)}, ["magnitude"]),
+            (LAYER | {f"{Q}.lora_A.weight": np.ones((2, 128))}, [Q, "two names"]),
             (LAYER | {f"transformer.{Q}.alpha": np.float32(1)}, ["alpha twice"]),
             (LAYER | {f"transformer.{Q}.alpha": np.ones(3)}, [Q, "one number"]),
             ({}, ["holds no tensors"]),

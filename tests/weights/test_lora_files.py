@@ -16,14 +16,15 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.models import lora
+from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.lora_files import FILE_NAMES, read_lora, write_lora
 from pec_jax.weights.tensors import read_metadata
 
 # Attention, feed-forward and modulation of scanned runs, and a layer outside of them.
 PATTERNS = (r"attn2?\.to_(q|k|v)$", r"\.ff\.net", r"norm1\.linear$", r"^proj_out$")
 ALL = (r".",)
-PROMPTS = ("a small red circle on a dark background", "a large blue cross at the top")
-LENGTH = 14  # tokens of the embedded T5
+PROMPTS = ("a small red cat in the snow", "two large blue stars at the top")
+LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 FLUX = {
     "patch_size": 1,
     "in_channels": 4,
@@ -87,7 +88,7 @@ class TestWrite:
     def test_diffusers_samples_what_we_sample(self, tmp_path, ours, pipe, params, rank, alpha):
         adapter = random_lora(params, rank=rank)
         write_lora(tmp_path, adapter, alpha)
-        noise = np.random.default_rng(1).normal(size=(2, 8, 8, 4)).astype(np.float32)
+        noise = np.random.default_rng(1).normal(size=(2, 16, 16, 4)).astype(np.float32)
 
         def theirs():
             return pipe(
@@ -200,7 +201,7 @@ class TestReadWhatPeftTrained:
         rng = np.random.default_rng(0)
         latents, tokens, pooled = (
             rng.normal(size=shape).astype(np.float32)
-            for shape in ((2, 8, 8, 4), (2, LENGTH, 128), (2, 128))
+            for shape in ((2, 16, 16, 4), (2, LENGTH, 128), (2, 128))
         )
         timestep = np.asarray([900.0, 300.0], np.float32)
 

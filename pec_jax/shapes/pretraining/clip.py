@@ -20,10 +20,10 @@ from pec_jax.shapes.pretraining import common, skeleton, tokenizers
 from pec_jax.shapes.pretraining.loop import Recipe, Session, fit
 
 STEM = "model"
-BATCH = 256
+BATCH = 128
 SECOND_TOWER_WEIGHT = 0.5
 MAX_LOG_SCALE = float(np.log(100.0))
-RECIPE = Recipe("clip", steps=1500, learning_rate=2e-3, weight_decay=0.05, warmup=100)
+RECIPE = Recipe("clip", steps=3000, learning_rate=2e-3, weight_decay=0.05, warmup=100)
 
 
 def model(directory) -> clip.CLIPModel:
@@ -37,7 +37,7 @@ def text_model(directory) -> clip.CLIPTextModel:
 
 
 def caption_ids(directory) -> np.ndarray:
-    """Token ids of every caption, [2430, 14], by `shapes.caption_index`."""
+    """Token ids of every caption, [17640, 12], by `shapes.caption_index`."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(directory)
@@ -67,11 +67,11 @@ def contrastive_loss(image: jax.Array, text: jax.Array, scale: jax.Array, captio
 
 
 def captioned_images(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Augmented images [n, 32, 32, 3], attributes [n, 5], and indices of captions that fit [n]."""
+    """Augmented images [n, 64, 64, 3], attributes [n, 6], and indices of captions that fit [n]."""
     image_key, hide_key, augment_key = jax.random.split(key, 3)
-    images, attributes = common.draw_images(image_key, n)
-    captions = shapes.caption_index(common.hide_some(hide_key, attributes))
-    return common.augment(augment_key, images), attributes, captions
+    drawn = common.draw_pictures(image_key, n)
+    captions = shapes.caption_index(common.hide_some(hide_key, drawn.attributes))
+    return common.augment(augment_key, drawn.images), drawn.attributes, captions
 
 
 def make_loss(module: clip.CLIPModel, second: clip.CLIPTextModel):
@@ -105,15 +105,16 @@ def evaluate(module, params, ids: np.ndarray, key: jax.Array) -> dict[str, Any]:
     Args:
         module: the CLIPModel.
         params: its parameters.
-        ids: [2430, L] token ids of all captions.
+        ids: [17640, L] token ids of all captions.
         key: of the held-out images.
 
     Returns:
-        `retrieval_640`: top-1 among the 640 captions that name everything; `accuracy/<attribute>`:
+        `retrieval`: top-1 among the 4320 captions that name everything; `accuracy/<attribute>`:
         the share of these whose attribute is right; `loss`: held-out contrastive loss.
     """
     scene_key, hide_key = jax.random.split(key)
-    images, attributes = common.draw_images(scene_key, 1024)
+    drawn = common.draw_pictures(scene_key, 2048)
+    images, attributes = drawn.images, drawn.attributes
     features = np.asarray(
         jax.jit(lambda p, x: module.apply({"params": p}, x, method="get_image_features"))(
             params, common.to_pixels(images)
@@ -129,14 +130,14 @@ def evaluate(module, params, ids: np.ndarray, key: jax.Array) -> dict[str, Any]:
     own = np.asarray(shapes.caption_index(attributes))
     image = features / np.linalg.norm(features, axis=-1, keepdims=True)
     text = text_features / np.linalg.norm(text_features, axis=-1, keepdims=True)
-    found = rows[full][np.argmax(image @ text[full].T, axis=-1)]  # [N, 5]
+    found = rows[full][np.argmax(image @ text[full].T, axis=-1)]  # [N, 6]
     right = np.mean(found == np.asarray(attributes), axis=0)
     captions = shapes.caption_index(common.hide_some(hide_key, attributes))[:BATCH]
     scale = np.exp(min(float(params["logit_scale"]), MAX_LOG_SCALE))
     held_out = contrastive_loss(image[:BATCH], text[np.asarray(captions)], scale, captions)
     return {
         "loss": float(held_out),
-        "retrieval_640": retrieval(features, text_features[full], np.searchsorted(full, own)),
+        "retrieval": retrieval(features, text_features[full], np.searchsorted(full, own)),
         **{f"accuracy/{name}": float(r) for name, r in zip(shapes.ATTRIBUTES, right)},
     }
 
@@ -147,7 +148,7 @@ def run(session: Session) -> dict[str, Any]:
     module, second = model(out / "encoders" / "clip"), text_model(out / "text_encoder_2")
     ids, ids_2 = caption_ids(out / "tokenizer"), caption_ids(out / "tokenizer_2")
     keys = jax.random.split(session.key("clip-init"), 3)
-    pixels = jnp.zeros((1, 32, 32, 3))
+    pixels = jnp.zeros((1, 64, 64, 3))
     params = {
         "clip": common.spread_positions(
             common.initialise(module, keys[0], ids[:1], pixels)["params"]
@@ -171,9 +172,10 @@ def run(session: Session) -> dict[str, Any]:
     numbers = evaluate(module, whole, ids, keys[2])
     output_2: Any = second.apply({"params": params["text_2"]}, jnp.asarray(ids_2))
     text_2 = np.asarray(output_2.text_embeds)
-    images, attributes = common.draw_images(jax.random.fold_in(keys[2], 1), 1024)
-    image = module.apply({"params": whole}, common.to_pixels(images), method="get_image_features")
+    drawn = common.draw_pictures(jax.random.fold_in(keys[2], 1), 1024)
+    pixels = common.to_pixels(drawn.images)
+    image = module.apply({"params": whole}, pixels, method="get_image_features")
     full = np.flatnonzero((shapes.all_attributes() >= 0).all(-1))
-    target = np.searchsorted(full, np.asarray(shapes.caption_index(attributes)))
-    numbers["retrieval_640_second"] = retrieval(np.asarray(image), text_2[full], target)
+    target = np.searchsorted(full, np.asarray(shapes.caption_index(drawn.attributes)))
+    numbers["retrieval_second"] = retrieval(np.asarray(image), text_2[full], target)
     return numbers | {"bytes": sum(sizes)}

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax import struct
 
 from pec_jax.models.layers import Dense
+from pec_jax.shapes import finish, render
 from pec_jax.shapes import scenes as shapes
 from pec_jax.shapes.pretraining.loop import write_atomically
 from pec_jax.weights import convert, tensors
@@ -46,7 +48,7 @@ def spread_positions(params: PyTree, std: float = 0.3) -> PyTree:
 
 
 def save(directory: Path, variables: PyTree, stem: str) -> int:
-    """Writes a model's variables as fp32 safetensors under torch's names.
+    """Writes a model's variables as safetensors of half precision under torch's names.
 
     Args:
         directory: the model's, which holds its config.json.
@@ -56,7 +58,8 @@ def save(directory: Path, variables: PyTree, stem: str) -> int:
     Returns:
         The number of bytes in its tensors.
     """
-    named = convert.to_torch(jax.tree.map(np.asarray, variables))
+    halves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), variables)
+    named = convert.to_torch(halves)
     # NumPy's contiguous copy has turned CLIP's scalar into a vector of one.
     named = {name: a.reshape(()) if name == "logit_scale" else a for name, a in named.items()}
     content = safetensors.numpy.save(named, metadata={"format": "pt"})
@@ -65,12 +68,12 @@ def save(directory: Path, variables: PyTree, stem: str) -> int:
 
 
 def load(directory: Path, module: nn.Module, stem: str, *inputs: Any, **kwargs: Any) -> PyTree:
-    """Reads the variables that `save` wrote."""
+    """Reads the variables that `save` wrote, as fp32."""
     abstract = jax.eval_shape(
         lambda *args: nn.meta.unbox(module.init(jax.random.key(0), *args, **kwargs)), *inputs
     )
     variables = convert.from_torch(tensors.read_tensors(directory, stem=stem), abstract)
-    return jax.tree.map(jnp.asarray, variables)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
 
 
 def flat_dense(call: Callable, args: Any, kwargs: Any, context: Any) -> Array:
@@ -85,19 +88,31 @@ def flat_dense(call: Callable, args: Any, kwargs: Any, context: Any) -> Array:
     return call(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+@struct.dataclass
+class Pictures:
+    """Pictures, and all that is known of them."""
+
+    images: Array  # [N, 64, 64, 3] in [0, 1]
+    attributes: Array  # [N, 6], none open
+    defects: Array  # [N, 5] of the finish, in [0, 1]
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def draw_images(key: Array, n: int) -> tuple[Array, Array]:
-    """Random scenes.
+def draw_pictures(key: Array, n: int) -> Pictures:
+    """Random scenes with the finish of the web."""
+    attribute_key, defect_key, picture_key = jax.random.split(key, 3)
+    nothing = jnp.full((n, len(shapes.ATTRIBUTES)), shapes.OPEN, jnp.int32)
+    attributes = shapes.fill_open(attribute_key, nothing)
+    defects = finish.draw_defects(defect_key, n)
+    return Pictures(take(picture_key, attributes, defects), attributes, defects)
 
-    Args:
-        key: PRNG key.
-        n: how many.
 
-    Returns:
-        images [n, 32, 32, 3] in [0, 1] and their attributes [n, 5], none open.
-    """
-    scene = shapes.sample_scene(key, jnp.full((n, 5), shapes.OPEN, jnp.int32))
-    return shapes.render(scene), scene.attributes
+@jax.jit
+def take(key: Array, attributes: Array, defects: Array) -> Array:
+    """One picture [N, 64, 64, 3] for each row of attributes [N, 6], with these defects [N, 5]."""
+    scene_key, sign_key, grain_key = jax.random.split(key, 3)
+    scene = shapes.sample_scene(scene_key, attributes)
+    return render.render(grain_key, scene, finish.from_defects(sign_key, defects))
 
 
 @jax.jit
@@ -109,7 +124,7 @@ def hide_some(key: Array, attributes: Array, specified: float = 0.3) -> Array:
 
     Args:
         key: PRNG key.
-        attributes: [N, 5], none open.
+        attributes: [N, 6], none open.
         specified: probability that a caption names everything, beyond chance.
 
     Returns:
@@ -129,11 +144,12 @@ def to_pixels(images: Array) -> Array:
 
 @jax.jit
 def augment(
-    key: Array, images: Array, jitter: float = 0.04, noise: float = 0.03, blur: float = 0.8
+    key: Array, images: Array, jitter: float = 0.015, noise: float = 0.015, blur: float = 0.2
 ) -> Array:
     """Light photometric augmentation: gain and offset, some blur, some noise.
 
-    A generator's images are never as clean as rendered ones; a judge must not care.
+    A generator's images are never quite as rendered ones are; a judge must not care. What it must
+    see, the finish, is left as it is: so all of this is faint.
 
     Args:
         key: PRNG key.

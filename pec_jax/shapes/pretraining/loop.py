@@ -98,6 +98,25 @@ class Session:
         for snapshot in self.state.glob(f"{stage}*.safetensors"):
             snapshot.unlink()
 
+    @property
+    def log_path(self) -> Path:
+        return self.state / "log.jsonl"
+
+    def earlier_seconds(self, stage: str) -> float:
+        """What processes that were interrupted in a stage have spent on what they left of it."""
+        spent: dict[str, tuple[float, float]] = {}  # recipe -> by processes before, by the last one
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        for row in map(json.loads, lines):
+            if row["stage"] != stage and not row["stage"].startswith(f"{stage}-"):
+                continue
+            before, last = spent.get(row["stage"], (0.0, 0.0))
+            if row["step"] <= Recipe.log_every:  # begun anew
+                before = 0.0
+            elif row["seconds"] < last:  # another process went on
+                before += last
+            spent[row["stage"]] = before, row["seconds"]
+        return sum(before + last for before, last in spent.values())
+
     def numbers(self, stage: str) -> dict[str, Any] | None:
         """The numbers of a finished stage, or None."""
         path = self.numbers_path(stage)
@@ -196,8 +215,16 @@ def fit(
         state = load_tree(snapshot, state)
     one_step, key = _step(loss, recipe), session.key(recipe.name)
     first, saved, start = int(state.step), time.monotonic(), time.monotonic()
-    bar = tqdm(total=recipe.steps, initial=first, desc=recipe.name, unit="step", mininterval=1.0)
-    with bar, (session.state / "log.jsonl").open("a") as log:
+    line = int(os.environ.get("PEC_JAX_PRETRAIN_SLOT", 0))  # where several stages run side by side
+    bar = tqdm(
+        total=recipe.steps,
+        initial=first,
+        desc=recipe.name,
+        unit="step",
+        mininterval=1.0,
+        position=line,
+    )
+    with bar, session.log_path.open("a") as log:
         for done in range(first + recipe.log_every, recipe.steps + 1, recipe.log_every):
             rows = []
             for step in range(done - recipe.log_every, done):
@@ -213,7 +240,8 @@ def fit(
             log.flush()
             bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
             bar.update(recipe.log_every)
-            if now - saved > session.snapshot_seconds and done < recipe.steps:
+            # The end is kept too: a stage may be interrupted in what follows its training.
+            if now - saved > session.snapshot_seconds or done == recipe.steps:
                 save_tree(snapshot, state)
                 saved = now
     return state

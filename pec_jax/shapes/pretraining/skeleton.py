@@ -6,9 +6,7 @@ Hugging Face layout beside it. Everything about sizes stands here, and nowhere e
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ CLIP_TEXT = {
 CLIP_VISION = {
     "hidden_size": 64,
     "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_channels": 3,
     "image_size": shapes.IMAGE_SIZE,
@@ -48,6 +46,13 @@ CLIP_VISION = {
     "initializer_factor": 1.0,
     "initializer_range": 0.02,
     "model_type": "clip_vision_model",
+}
+# The preference model that only evaluates is another network: coarser patches, wider layers.
+HPS_VISION = CLIP_VISION | {
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "patch_size": 16,
 }
 T5 = {
     "architectures": ["T5EncoderModel"],
@@ -77,7 +82,7 @@ T5 = {
 VAE = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
-    "block_out_channels": [8, 16, 32],
+    "block_out_channels": [16, 16, 48],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
     "in_channels": 3,
@@ -98,16 +103,16 @@ VAE = {
 TRANSFORMER = {
     "_class_name": "SD3Transformer2DModel",
     "sample_size": shapes.IMAGE_SIZE // 4,
-    "patch_size": 2,
+    "patch_size": 4,
     "in_channels": 4,
     "out_channels": 4,
-    "num_layers": 4,
+    "num_layers": 5,
     "num_attention_heads": 4,
-    "attention_head_dim": 24,
+    "attention_head_dim": 32,
     "joint_attention_dim": JOINT_DIM,
-    "caption_projection_dim": 96,
+    "caption_projection_dim": 128,
     "pooled_projection_dim": 2 * PROJECTION_DIM,
-    "pos_embed_max_size": 16,
+    "pos_embed_max_size": 8,
     "dual_attention_layers": [0, 1],
     "qk_norm": "rms_norm",
 }
@@ -151,34 +156,20 @@ PIPELINE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What differs between worlds."""
-
-    captions: Callable[[], list[str]]  # all of them
-    image_size: int
-    vae: dict[str, Any]
-    transformer: dict[str, Any]
-    vit: dict[str, Any]
-    visions: dict[str, dict[str, Any]]  # of each contrastive encoder
+VISIONS = {  # of each contrastive encoder
+    "clip": CLIP_VISION,
+    "pickscore": CLIP_VISION,
+    "pickscore_taste": CLIP_VISION,
+    "hps": HPS_VISION,
+}
 
 
-SIZES = Sizes(
-    shapes.all_captions,
-    shapes.IMAGE_SIZE,
-    VAE,
-    TRANSFORMER,
-    VIT,
-    {"clip": CLIP_VISION, "pickscore": CLIP_VISION},
-)
-
-
-def preprocessor(kind: str, mean: float, image_size: int) -> dict[str, Any]:
-    """An image processor's config: resize, rescale to [0, 1], subtract `mean`, divide by 0.5."""
-    size: Any = {"shortest_edge": image_size}
+def preprocessor(kind: str) -> dict[str, Any]:
+    """An image processor's config: resize, rescale to [-1, 1]."""
+    size: Any = {"shortest_edge": shapes.IMAGE_SIZE}
     if kind == "ViTImageProcessor":
-        size = {"height": image_size, "width": image_size}
-    crop = {"height": image_size, "width": image_size}
+        size = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
+    crop = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
     config = {
         "image_processor_type": kind,
         "do_resize": True,
@@ -187,7 +178,7 @@ def preprocessor(kind: str, mean: float, image_size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [mean] * 3,
+        "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
     if kind == "CLIPImageProcessor":
@@ -198,6 +189,11 @@ def preprocessor(kind: str, mean: float, image_size: int) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -215,17 +211,16 @@ def text_config(vocabulary: int, pad: int, activation: str) -> dict[str, Any]:
     }
 
 
-def build(out: Path, sizes: Sizes = SIZES) -> dict[str, Any]:
-    """Writes the directory without weights: configs, tokenizers, scheduler, preprocessors.
+def build(out: Path) -> dict[str, Any]:
+    """Writes the directory without weights: configs, tokenizers, scheduler, preprocessors, prompts.
 
     Args:
         out: the pipeline's directory; what is there already is written anew.
-        sizes: of the world.
 
     Returns:
         Vocabulary sizes, for the report.
     """
-    captions = sizes.captions()
+    captions = shapes.all_captions()
     tokenizers.write_clip_tokenizer(out / "tokenizer", captions, tokenizers.END)
     tokenizers.write_clip_tokenizer(out / "tokenizer_2", captions, "!")
     tokenizers.write_t5_tokenizer(out / "tokenizer_3", captions)
@@ -239,15 +234,17 @@ def build(out: Path, sizes: Sizes = SIZES) -> dict[str, Any]:
         write_json(out / name / "config.json", config | head)
     t5_vocabulary = len(tokenizers.unigram_pieces(captions)) + 4  # <pad> </s> <unk> <extra_id_0>
     write_json(out / "text_encoder_3" / "config.json", T5 | {"vocab_size": t5_vocabulary})
-    write_json(out / "vae" / "config.json", sizes.vae)
-    write_json(out / "transformer" / "config.json", sizes.transformer)
+    write_json(out / "vae" / "config.json", VAE)
+    write_json(out / "transformer" / "config.json", TRANSFORMER)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", PIPELINE)
-    _build_encoders(out, captions, towers["text_encoder"], sizes)
+    for name, prompts in shapes.prompt_splits().items():
+        write_lines(out / "prompts" / f"{name}.txt", prompts)
+    _build_encoders(out, captions, towers["text_encoder"])
     return {"clip_vocabulary": vocabulary, "t5_vocabulary": t5_vocabulary}
 
 
-def _build_encoders(out: Path, captions: list[str], text: dict[str, Any], sizes: Sizes) -> None:
+def _build_encoders(out: Path, captions: list[str], text: dict[str, Any]) -> None:
     clip = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -257,19 +254,17 @@ def _build_encoders(out: Path, captions: list[str], text: dict[str, Any], sizes:
         "dtype": "float32",
         "text_config": text,
     }
-    for name, vision in sizes.visions.items():
+    for name, vision in VISIONS.items():
         directory = out / "encoders" / name
         write_json(directory / "config.json", clip | {"vision_config": vision})
-        config = preprocessor("CLIPImageProcessor", 0.5, sizes.image_size) | {
-            "processor_class": "CLIPProcessor"
-        }
+        config = preprocessor("CLIPImageProcessor") | {"processor_class": "CLIPProcessor"}
         write_json(directory / "preprocessor_config.json", config)
         tokenizers.write_clip_tokenizer(directory, captions, tokenizers.END)
     directory = out / "encoders" / "dino"
-    write_json(directory / "config.json", sizes.vit)
+    write_json(directory / "config.json", VIT)
     write_json(
         directory / "preprocessor_config.json",
-        preprocessor("ViTImageProcessor", 0.5, sizes.image_size),
+        preprocessor("ViTImageProcessor"),
     )
 
 

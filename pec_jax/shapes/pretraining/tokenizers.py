@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MAX_LENGTH = 14  # 11 words of the longest caption, begin and end tokens, and one to spare
+MAX_LENGTH = 12  # 10 words of the longest caption, begin and end tokens
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_MARK = "\u2581"  # SentencePiece writes the space before a word so
 

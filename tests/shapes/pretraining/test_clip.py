@@ -41,7 +41,7 @@ def test_equal_captions_are_no_negatives():
 
 def test_captions_of_a_batch_are_true_of_its_images():
     images, attributes, captions = clip.captioned_images(jax.random.key(0), 128)
-    assert images.shape == (128, 32, 32, 3)
+    assert images.shape == (128, 64, 64, 3)
     named = shapes.all_attributes()[np.asarray(captions)]
     mentioned = named >= 0
     np.testing.assert_array_equal(named[mentioned], np.asarray(attributes)[mentioned])

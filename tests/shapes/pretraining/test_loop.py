@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,24 @@ def test_fit_finds_the_line_and_carries_the_extra_state(tmp_path):
     assert int(state.step) == 60
     assert float(state.extra) == 60.0
     assert len((tmp_path / "state" / "log.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_time_of_interrupted_processes_counts_and_that_of_discarded_ones_does_not(tmp_path):
+    session = Session(tmp_path, tmp_path)
+    assert session.earlier_seconds("a") == 0.0
+    rows = [
+        ("a", 10, 5.0),  # discarded
+        ("a", 10, 1.0),
+        ("a", 20, 2.0),
+        ("b", 10, 9.0),
+        ("a", 20, 0.5),  # resumed
+        ("a", 30, 1.5),
+        ("a-tuned", 10, 4.0),
+        ("a_b", 10, 9.0),
+    ]
+    lines = [json.dumps({"stage": n, "step": step, "seconds": s}) for n, step, s in rows]
+    session.log_path.write_text("\n".join(lines) + "\n")
+    assert session.earlier_seconds("a") == 2.0 + 1.5 + 4.0
 
 
 def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):

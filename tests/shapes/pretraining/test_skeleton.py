@@ -33,6 +33,8 @@ def directory(tmp_path_factory):
         ("text_encoder_3", T5Config),
         ("encoders/clip", CLIPConfig),
         ("encoders/pickscore", CLIPConfig),
+        ("encoders/pickscore_taste", CLIPConfig),
+        ("encoders/hps", CLIPConfig),
         ("encoders/dino", ViTConfig),
     ],
 )
@@ -57,13 +59,13 @@ def test_widths_fit_together(directory):
     assert vae["sample_size"] == downscaling * transformer["sample_size"]
 
 
-@pytest.mark.parametrize("name", ["clip", "dino", "pickscore"])
+@pytest.mark.parametrize("name", ["clip", "dino", "pickscore", "pickscore_taste", "hps"])
 def test_transformers_reads_the_encoder_directories(directory, name):
     path = directory / "encoders" / name
     assert AutoConfig.from_pretrained(path).model_type == ("vit" if name == "dino" else "clip")
     assert AutoImageProcessor.from_pretrained(path).image_std[0] == 0.5
     if name != "dino":
-        inputs = CLIPProcessor.from_pretrained(path)(text=["a red circle"])
+        inputs = CLIPProcessor.from_pretrained(path)(text=["a red cat"])
         assert len(inputs["input_ids"][0]) == 5
 
 
@@ -74,3 +76,20 @@ def test_scheduler_and_index_are_those_of_diffusers(directory):
     assert index["_class_name"] == "StableDiffusion3Pipeline"
     for name, (library, _) in ((k, v) for k, v in index.items() if isinstance(v, list)):
         assert (library is None) or (directory / name).is_dir()
+
+
+def test_the_evaluating_preference_model_is_another_network(directory):
+    def vision(name):
+        return json.loads((directory / "encoders" / name / "config.json").read_text())[
+            "vision_config"
+        ]
+
+    assert vision("hps")["patch_size"] != vision("pickscore")["patch_size"]
+    assert vision("hps")["hidden_size"] != vision("pickscore")["hidden_size"]
+
+
+def test_prompts_are_written_one_a_line(directory):
+    names = {path.stem for path in (directory / "prompts").iterdir()}
+    assert names == {"train_open", "heldout_open", "tuning_open", "specified"}
+    lines = (directory / "prompts" / "train_open.txt").read_text().splitlines()
+    assert len(lines) == 96 and all(line == line.strip() != "" for line in lines)

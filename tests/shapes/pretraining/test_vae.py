@@ -26,12 +26,12 @@ def test_loss_is_l1_plus_l2_plus_kl(monkeypatch):
 
         def apply(self, variables, x, method):
             if method == "encode":
-                shape = (x.shape[0], 8, 8, 4)
+                shape = (x.shape[0], 16, 16, 4)
                 return jnp.full(shape, 2.0), jnp.full(shape, -20.0)
-            return jnp.full((x.shape[0], 32, 32, 3), 0.5)
+            return jnp.full((x.shape[0], 64, 64, 3), 0.5)
 
     monkeypatch.setattr(vae, "model", Fake)
-    pixels = jnp.zeros((4, 32, 32, 3))
+    pixels = jnp.zeros((4, 64, 64, 3))
     value, (metrics, _) = vae.loss({}, None, None, pixels, jax.random.key(0))
     kl = 0.5 * (4.0 + np.exp(-20.0) - 1.0 + 20.0)
     np.testing.assert_allclose(value, 0.5 + 0.25 + vae.KL_WEIGHT * kl, rtol=1e-5)
@@ -40,7 +40,7 @@ def test_loss_is_l1_plus_l2_plus_kl(monkeypatch):
 
 def test_batches_are_images_in_minus_one_to_one():
     pixels = vae.draw(jax.random.key(0))
-    assert pixels.shape == (vae.BATCH, 32, 32, 3)
+    assert pixels.shape == (vae.BATCH, 64, 64, 3)
     assert float(pixels.min()) >= -1.0
     assert float(pixels.max()) <= 1.0
     assert float(pixels.min()) < -0.5 < 0.5 < float(pixels.max())

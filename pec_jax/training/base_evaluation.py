@@ -1,0 +1,52 @@
+"""The evaluation of the model before training: kept in the run directory, for training loses it.
+
+Its numbers are in `eval_base.json`. `eval_base.safetensors` holds the mean and covariance of its
+images' features, from which later evaluations take their distance.
+"""
+
+from __future__ import annotations
+
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from pec_jax import io
+from pec_jax.errors import FileError
+from pec_jax.evaluation.metrics import Moments
+from pec_jax.training.evaluator import Evaluation
+from pec_jax.training.run_directory import RunDirectory
+
+
+def exists(directory: RunDirectory) -> bool:
+    """Whether both files are there."""
+    return directory.base_evaluation_file.exists() and directory.base_moments_file.exists()
+
+
+def write(directory: RunDirectory, evaluation: Evaluation) -> None:
+    """Writes both files, the one that a person reads last."""
+    tensors = {
+        f"{name}/{part}": value
+        for name, moments in evaluation.moments.items()
+        for part, value in moments._asdict().items()
+    }
+    io.write_bytes(directory.base_moments_file, safetensors.numpy.save(tensors))
+    io.write_json(directory.base_evaluation_file, evaluation.numbers)
+
+
+def read(directory: RunDirectory) -> Evaluation:
+    """What `write` has written.
+
+    Raises:
+        FileError: a file that cannot be read.
+    """
+    path = directory.base_moments_file
+    try:
+        tensors = safetensors.numpy.load(path.read_bytes())
+        names = {name.rpartition("/")[0] for name in tensors}
+        moments = {
+            name: Moments(tensors[f"{name}/mean"], tensors[f"{name}/covariance"]) for name in names
+        }
+    except (SafetensorError, KeyError, OSError) as error:
+        raise FileError(
+            f"{path}: cannot be read ({error}); delete it, and it is made anew"
+        ) from None
+    return Evaluation(io.read_json(directory.base_evaluation_file), moments)
