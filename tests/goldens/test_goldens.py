@@ -142,10 +142,13 @@ def train_all(directory):
 
 def run_apart(directory) -> None:
     """`train_all` in a process that has one core."""
+    # Without xdist's variables: `tests.conftest` would take a worker's share of the cores.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     code = f"import tests.goldens.test_goldens as goldens; goldens.train_all({str(directory)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
+        env=env,
         capture_output=True,
         text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
@@ -168,7 +171,9 @@ def checksum(run: Path) -> int:
 
 
 def record() -> None:
-    """Writes goldens.json."""
+    """Writes goldens.json, whole."""
+    if not EXHAUSTIVE:
+        sys.exit("Error: EXHAUSTIVE=1 is missing: the file would hold a part of the runs.")
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,

@@ -232,6 +232,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, own_cache):
 
 def test_a_run_that_only_meets_nans_stops_with_its_checkpoint_in_place(tmp_path):
     config = small_config_dict()
+    # Near float32's end: after 1e30 norms and softmax kept some losses finite.
     config.optimizer.update({"learning_rate": 1e38, "max_skipped": 2, "grad_clip": 0.0})
     config.num_iterations = 8
     config.schedule.update({"checkpoint_every": 1, "eval_every": 0, "sample_every": 0})
