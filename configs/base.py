@@ -33,6 +33,7 @@ def _model_and_data(config: ConfigDict) -> None:
             "param_dtype": "float32",
             "vae_dtype": "float32",
             "encoder_dtype": "float32",
+            "encoder_resize": "pil",
             "t5_length": 0,
             "height": 0,
             "width": 0,

@@ -32,6 +32,10 @@ class ModelConfig:
     param_dtype: str = field("Type the frozen transformer is kept in.", choices=FLOATS)
     vae_dtype: str = field("Compute type of the decoder.", choices=FLOATS)
     encoder_dtype: str = field("Type of the encoders of rewards and perception.", choices=FLOATS)
+    encoder_resize: str = field(
+        "How images are resized for encoders: as Pillow does 8-bit ones, or without rounding.",
+        choices=("pil", "float"),
+    )
     t5_length: int = field("Tokens T5 sees; 0 is diffusers' choice.", low=0, high=512)
     height: int = field("Pixels; 0 is the pipeline's own size.", low=0, high=8192)
     width: int = field("Pixels; 0 is the pipeline's own size.", low=0, high=8192)

@@ -1,8 +1,8 @@
-"""CLIP's text and vision towers, alone or together.
+"""CLIP: its text tower, alone or together with a vision transformer.
 
-The same networks as `CLIPTextModelWithProjection`, `CLIPVisionModelWithProjection` and `CLIPModel`
-of transformers, down to the names of their tensors (`pre_layrnorm` included). Text attention is
-causal, so padding behind the end-of-text token never reaches the pooled output.
+The same networks as `CLIPTextModelWithProjection` and `CLIPModel` of transformers, down to the
+names of their tensors (`pre_layrnorm` included). Text attention is causal, so padding behind the
+end-of-text token never reaches the pooled output.
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
 Supervision".
@@ -21,18 +21,10 @@ from jax.nn import initializers as init
 
 from pec_jax.distributed.mesh import constrain
 from pec_jax.models import hf_config
-from pec_jax.models.attention import attention
-from pec_jax.models.layers import (
-    Conv,
-    Dense,
-    Embed,
-    LayerNorm,
-    activation,
-    merge_heads,
-    run_name,
-    scan_layers,
-    split_heads,
-)
+from pec_jax.models.encoder import LayerConfig, run_layers
+from pec_jax.models.layers import Dense, Embed, LayerNorm
+from pec_jax.models.vision import VisionConfig, VisionTower
+from pec_jax.models.vision_kinds import CLIP_LAYER, read_vision_config
 
 Array = jax.Array
 
@@ -63,6 +55,18 @@ class CLIPTextConfig:
         hf_config.check_activation("hidden_act", self.hidden_act)
         hf_config.check_heads(self.hidden_size, self.num_attention_heads)
 
+    @property
+    def layer(self) -> LayerConfig:
+        """Of all layers."""
+        return LayerConfig(
+            width=self.hidden_size,
+            heads=self.num_attention_heads,
+            mlp_width=self.intermediate_size,
+            activation=self.hidden_act,
+            epsilon=self.layer_norm_eps,
+            names=CLIP_LAYER,
+        )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
         """Reads a text model's config.json, or the text part of a whole CLIP model's."""
@@ -74,42 +78,11 @@ class CLIPTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPVisionConfig:
-    """The vision tower's part of a config.json; defaults are those of transformers."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        hf_config.check_activation("hidden_act", self.hidden_act)
-        hf_config.check_heads(self.hidden_size, self.num_attention_heads)
-        object.__setattr__(self, "image_size", hf_config.square("image_size", self.image_size))
-        object.__setattr__(self, "patch_size", hf_config.square("patch_size", self.patch_size))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
-        """Reads a vision model's config.json, or the vision part of a whole CLIP model's."""
-        kind = values.get("model_type", "clip_vision_model")
-        hf_config.check_choice("model_type", kind, ("clip", "clip_vision_model"))
-        if "vision_config" in values:
-            return CLIPConfig.from_dict(values).vision
-        return hf_config.select(cls, values)
-
-
-@dataclasses.dataclass(frozen=True)
 class CLIPConfig:
     """Both towers and the space in which they meet."""
 
     text: CLIPTextConfig
-    vision: CLIPVisionConfig
+    vision: VisionConfig
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
 
@@ -128,7 +101,7 @@ class CLIPConfig:
         vision = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
         return cls(
             text=hf_config.select(CLIPTextConfig, text, projection_dim=dim),
-            vision=hf_config.select(CLIPVisionConfig, vision, projection_dim=dim),
+            vision=read_vision_config(vision, "clip_vision_model"),
             projection_dim=dim,
             logit_scale_init_value=values.get("logit_scale_init_value", 2.6592),
         )
@@ -141,77 +114,6 @@ class CLIPTextOutput(NamedTuple):
     last_hidden: Array  # [N, L, D] after the final layer norm
     pooled: Array  # [N, D] last_hidden at the end-of-text token
     text_embeds: Array | None  # [N, d] pooled, projected; None without projection
-
-
-class CLIPAttention(nn.Module):
-    """Multi-head self-attention with biases."""
-
-    config: CLIPTextConfig | CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, bias: Array | None) -> Array:
-        width, heads = self.config.hidden_size, self.config.num_attention_heads
-        q, k, v = (
-            split_heads(
-                Dense(width, dtype=self.dtype, kernel_axes=("embed", "heads"), name=name)(x), heads
-            )
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        out = merge_heads(attention(q, k, v, bias=bias))
-        return Dense(width, dtype=self.dtype, kernel_axes=("heads", "embed"), name="out_proj")(out)
-
-
-class CLIPMLP(nn.Module):
-    """Two linear layers around an activation."""
-
-    config: CLIPTextConfig | CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = self.config
-        x = Dense(c.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        x = activation(c.hidden_act)(constrain(x, "batch", "tokens", "mlp"))
-        return Dense(c.hidden_size, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="fc2")(x)
-
-
-class CLIPEncoderLayer(nn.Module):
-    """One pre-norm transformer layer; it carries its own input along as the first of the pair.
-
-    After a run of layers the pair is (input of the last layer, its output), which gives
-    hidden_states[-2] without stacking the others.
-    """
-
-    config: CLIPTextConfig | CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, carry: tuple[Array, Array], bias: Array | None
-    ) -> tuple[tuple[Array, Array], None]:
-        c = self.config
-        _, x = carry  # [N, L, D]
-        h = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
-        y = x + CLIPAttention(c, self.dtype, name="self_attn")(h, bias)
-        h = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(y)
-        y = y + CLIPMLP(c, self.dtype, name="mlp")(h)
-        return (x, constrain(y, "batch", "tokens", "embed")), None
-
-
-class CLIPEncoder(nn.Module):
-    """All layers of a tower, scanned: returns (input of the last layer, its output)."""
-
-    config: CLIPTextConfig | CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, bias: Array | None = None) -> tuple[Array, Array]:
-        depth = self.config.num_hidden_layers
-        run = scan_layers(CLIPEncoderLayer, depth)
-        layers = run(self.config, self.dtype, name=run_name("layers", 0, depth))
-        carry, _ = layers((x, x), bias)
-        return carry
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -245,60 +147,13 @@ class CLIPTextTower(nn.Module):
         x = constrain(x, "batch", "tokens", "embed")
         length = token_ids.shape[-1]
         causal = jnp.where(jnp.tri(length, dtype=bool), 0.0, -jnp.inf)  # [L, L]
-        penultimate, x = CLIPEncoder(c, self.dtype, name="encoder")(x, causal)
+        layer, depth = c.layer, c.num_hidden_layers
+        penultimate, x = run_layers(layer, depth, "encoder.layers", x, bias=causal)
         last = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
         ids = token_ids if c.eos_token_id == LEGACY_EOS_TOKEN_ID else token_ids == c.eos_token_id
         end = jnp.argmax(ids, axis=-1)  # [N] the first of equals
         pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
         return CLIPTextOutput(penultimate, last, pooled, None)
-
-
-class CLIPVisionEmbeddings(nn.Module):
-    """A class token before the patches, row by row, plus position embeddings."""
-
-    config: CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, pixels: Array) -> Array:
-        c = self.config
-        expected = (c.image_size, c.image_size, c.num_channels)
-        if pixels.shape[1:] != expected:
-            raise ValueError(f"images of shape {pixels.shape[1:]}, but CLIP expects {expected}")
-        patch = (c.patch_size, c.patch_size)
-        x = Conv(
-            c.hidden_size,
-            patch,
-            patch,
-            padding=((0, 0), (0, 0)),
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(pixels)
-        x = x.reshape(x.shape[0], -1, c.hidden_size)  # [N, patches, D]
-        start = nn.with_logical_partitioning(init.normal(c.hidden_size**-0.5), ("embed",))
-        token = jnp.asarray(self.param("class_embedding", start, (c.hidden_size,)), self.dtype)
-        token = jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size))
-        x = jnp.concatenate([token, x], axis=1)
-        length = (c.image_size // c.patch_size) ** 2 + 1
-        positions = Embed(length, c.hidden_size, self.dtype, name="position_embedding")
-        return x + positions(jnp.arange(length))
-
-
-class CLIPVisionTower(nn.Module):
-    """Everything under `vision_model.`: normalised pixels [N, H, W, 3] -> pooled [N, D]."""
-
-    config: CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, pixels: Array) -> Array:
-        c = self.config
-        x = CLIPVisionEmbeddings(c, self.dtype, name="embeddings")(pixels)
-        x = LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)
-        x = constrain(x, "batch", "tokens", "embed")
-        _, x = CLIPEncoder(c, self.dtype, name="encoder")(x)
-        return LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
 
 
 def _projection(features: int, dtype: jnp.dtype, name: str | None = None) -> Dense:
@@ -327,19 +182,6 @@ class CLIPTextModel(nn.Module):
         return out._replace(text_embeds=embeds)
 
 
-class CLIPVisionModel(nn.Module):
-    """Pixels [N, H, W, 3], normalised -> [N, d]; transformers' CLIPVisionModelWithProjection."""
-
-    config: CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, pixels: Array) -> Array:
-        c = self.config
-        pooled = CLIPVisionTower(c, self.dtype, name="vision_model")(pixels)
-        return _projection(c.projection_dim, self.dtype, "visual_projection")(pooled)
-
-
 class CLIPModel(nn.Module):
     """Both towers with their projections into one space, and the logarithm of the logits' scale."""
 
@@ -349,7 +191,7 @@ class CLIPModel(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.text_model = CLIPTextTower(c.text, self.dtype)
-        self.vision_model = CLIPVisionTower(c.vision, self.dtype)
+        self.vision_model = VisionTower(c.vision, self.dtype)
         self.text_projection = _projection(c.projection_dim, self.dtype)
         self.visual_projection = _projection(c.projection_dim, self.dtype)
         self.logit_scale = self.param("logit_scale", init.constant(c.logit_scale_init_value), ())

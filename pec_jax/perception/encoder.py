@@ -40,9 +40,14 @@ class Encoder:
             encoder of images only.
         logit_scale: (variables) -> the factor of cosine similarities, exp of what is stored; None
             for an encoder of images only.
-        tokenizer: a Hugging Face tokenizer, or None.
-        text_length: L, tokens of a text; 0 for an encoder of images only.
+        tokenizer: loads a Hugging Face tokenizer, which images have no use for; None for an
+            encoder of images only.
+        text_length: L, tokens that it has positions for; 0 for an encoder of images only.
         text_modules: names of the modules that only texts go through.
+        pair_features: (variables, (token ids, mask) [N, L] each, images [N, H, W, 3] in [0, 1]) ->
+            [N, pair_dim] fp32, of each text as it looks at its image; None for an encoder that
+            keeps the two apart.
+        pair_dim: number of those features.
     """
 
     name: str
@@ -51,9 +56,11 @@ class Encoder:
     image_features: Callable[[PyTree, Array], Array]
     text_features: Callable[[PyTree, Array], Array] | None = None
     logit_scale: Callable[[PyTree], Array] | None = None
-    tokenizer: Any = None
+    tokenizer: Callable[[], Any] | None = None
     text_length: int = 0
     text_modules: tuple[str, ...] = ()
+    pair_features: Callable[[PyTree, tuple[Array, Array], Array], Array] | None = None
+    pair_dim: int = 0
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
         """Token ids of texts, padded and cut to the encoder's length, int32.
@@ -61,9 +68,19 @@ class Encoder:
         Raises:
             ValueError: the encoder has no text tower.
         """
+        return self.tokens(texts)[0]
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Int[np.ndarray, "n l"]]:
+        """Token ids and their mask, 0 at padding; as `tokenize`."""
         if self.tokenizer is None:
             raise ValueError(f"the encoder {self.name!r} takes images only, it has no text tower")
-        encoded = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.text_length, truncation=True
+        tokenizer = self.tokenizer()
+        encoded = tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=min(self.text_length, tokenizer.model_max_length),
+            truncation=True,
+            return_attention_mask=True,
         )
-        return np.asarray(encoded["input_ids"], np.int32)
+        ids, mask = (np.asarray(encoded[k], np.int32) for k in ("input_ids", "attention_mask"))
+        return ids, mask

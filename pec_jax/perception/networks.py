@@ -11,10 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from pec_jax.distributed.mesh import put_array
 from pec_jax.perception.encoder import Encoder
+from pec_jax.perception.preprocessing import PIL
 from pec_jax.types import PyTree
+from pec_jax.weights.published import Files
+from pec_jax.weights.tensors import WeightsError
 
 # (logical axes, shape) -> where an array lies; `distributed.mesh.Placement`, which imports flax
 Placement = Callable[[Sequence[str | None], Sequence[int]], Any]
@@ -30,6 +35,7 @@ class Networks:
         dtype: in which networks are kept and compute.
         place: where variables go, by their logical axes; None is the default device.
         weights: False makes shapes of variables, for ahead-of-time compilation.
+        rounding: how images are resized, see `preprocessing`.
         variables: key -> variables of what was loaded so far.
     """
 
@@ -38,6 +44,7 @@ class Networks:
     dtype: Any = np.float32
     place: Placement | None = None
     weights: bool = True
+    rounding: str = PIL
     variables: dict[str, PyTree] = dataclasses.field(default_factory=dict, repr=False)
     _encoders: dict[str, Encoder] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -45,22 +52,88 @@ class Networks:
         """Of a model as a config names it; '' is the pipeline's own of that name."""
         return self.locate(model) if model else self.own / name
 
-    def encoder(self, name: str, model: str) -> Encoder:
-        """The encoder in a Hugging Face directory; the second call for one directory loads nothing.
+    def encoder(
+        self, name: str, model: str, architecture: Files | None = None, tokenizer: str = ""
+    ) -> Encoder:
+        """The encoder of a directory or file; the second call for one of them loads nothing.
+
+        Args:
+            name: of the pipeline's own, where `model` is ''.
+            model: as in a config.
+            architecture: config files of a model whose path lacks them; its preprocessing is the
+                one that counts.
+            tokenizer: directory or hub id of one, for a model that brings none; '' is the
+                pipeline's first.
 
         Raises:
-            WeightsError, ValueError: as `hugging_face.load_encoder`.
+            WeightsError, ValueError: as `loading.load_encoder`.
         """
-        from pec_jax.perception.hugging_face import load_encoder
+        from pec_jax.perception.loading import Source, load_encoder
 
-        directory = self.directory(name, model)
-        key = str(directory)
-        if key not in self._encoders:
-            encoder, self.variables[key] = load_encoder(
-                directory, self.dtype, key=key, sharding=self.place, weights=self.weights
+        path = self.directory(name, model)
+        key = str(path)
+        source = Source(
+            path,
+            key,
+            self.dtype,
+            self.place,
+            self.weights,
+            architecture=architecture,
+            tokenizers=(self.locate(tokenizer) if tokenizer else self.own.parent / "tokenizer",),
+            rounding=self.rounding,
+        )
+        # One model's weights serve several encoders, which may differ in how they see an image.
+        encoder_key = f"{key}#{architecture['preprocessor_config.json']}" if architecture else key
+        if encoder_key not in self._encoders:
+            encoder, variables = load_encoder(source)
+            self.variables.setdefault(key, variables)
+            self._encoders[encoder_key] = encoder
+        return self._encoders[encoder_key]
+
+    def head(self, path: Path, dim: int) -> str:
+        """The affine head in a file or directory, see `heads`.
+
+        Args:
+            path: of its weights.
+            dim: number of features that it takes.
+
+        Returns:
+            The key of its variables, {"kernel": [dim], "bias": []} in fp32.
+
+        Raises:
+            WeightsError: no such head, or one of other features.
+        """
+        from pec_jax.perception.heads import affine_head
+        from pec_jax.weights.model_files import open_model
+
+        key = f"{path}#head"
+        if key in self.variables:
+            return key
+        if not self.weights:
+            shapes = {"kernel": (dim,), "bias": ()}
+            self.variables[key] = {
+                name: jax.ShapeDtypeStruct(shape, np.float32, sharding=self._whole(shape))
+                for name, shape in shapes.items()
+            }
+            return key
+        head = affine_head(open_model(path))
+        if head["kernel"].shape != (dim,):
+            raise WeightsError(
+                f"{path}: a head of {len(head['kernel'])} features, but the encoder gives {dim}; "
+                "they belong to different models"
             )
-            self._encoders[key] = encoder
-        return self._encoders[key]
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        self.variables[key] = {
+            name: put_array(value, self._whole(value.shape) or default)
+            for name, value in head.items()
+        }
+        return key
+
+    def _whole(self, shape: Sequence[int]) -> Any:
+        """Where an array goes that is not split."""
+        if self.place is None:
+            return None
+        return self.place((None,) * len(shape), shape)
 
     def load(self, directory: Path, module: Any, *example: Any, ignore: Sequence[str] = ()) -> str:
         """Loads `model.safetensors` into a linen module of one's own.
@@ -93,7 +166,12 @@ class Networks:
     def without_text(self) -> dict[str, PyTree]:
         """All variables but those of text towers, for when all texts are encoded."""
         kept = dict(self.variables)
-        for key, encoder in self._encoders.items():
-            params = {k: v for k, v in kept[key]["params"].items() if k not in encoder.text_modules}
-            kept[key] = {**kept[key], "params": params}
+        for encoder in self._encoders.values():
+            variables = kept[encoder.network]
+            params = {
+                name: value
+                for name, value in variables["params"].items()
+                if name not in encoder.text_modules
+            }
+            kept[encoder.network] = {**variables, "params": params}
         return kept

@@ -4,10 +4,10 @@
 
 The processors of transformers resize 8-bit images with Pillow: one axis after the other, each
 pass rounded to 8 bits again. `resize` gives the same values, to the last bit, and lets gradients
-pass through the rounding. (Columns come first here, always; Pillow 13 takes the rows of an image
-that is much taller than wide first, and then values near sharp edges differ by a few levels.)
-Images that already have the right size are not touched: whether they are rounded to 8 bits is
-the caller's business (`to_uint8_levels`).
+pass through the rounding; `resize_float` is the same without any rounding. (Columns come first
+here, always; Pillow 13 takes the rows of an image that is much taller than wide first, and then
+values near sharp edges differ by a few levels.) Images that already have the right size are not
+touched: whether they are rounded to 8 bits is the caller's business (`to_uint8_levels`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from pec_jax.models.resampling import FILTERS, resize_weights
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORTEST_EDGE: dict[str, Any] = {
     "size": {"shortest_edge": 224},
     "resample": 3,
@@ -31,20 +32,35 @@ SHORTEST_EDGE: dict[str, Any] = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+HALF = (0.5, 0.5, 0.5)
+
+
+def _squashed(side: int, resample: int, mean: tuple = HALF, std: tuple = HALF) -> dict[str, Any]:
+    return {
+        "size": {"height": side, "width": side},
+        "resample": resample,
+        "do_center_crop": False,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
+
 # What a file leaves out is as in its own class: CLIPImageProcessor, ViTImageProcessor, and
-# BitImageProcessor, which DINOv2 uses and whose defaults are CLIP's.
+# BitImageProcessor, which DINOv2 uses and whose defaults are CLIP's; and so on.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": SHORTEST_EDGE,
     "dinov2": SHORTEST_EDGE,
     "dinov2_with_registers": SHORTEST_EDGE,
-    "vit": {
-        "size": {"height": 224, "width": 224},
-        "resample": 2,
-        "do_center_crop": False,
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
-    },
+    "dinov3_vit": _squashed(224, 2, IMAGENET_MEAN, IMAGENET_STD),
+    "vit": _squashed(224, 2),
+    "siglip": _squashed(224, 3),
+    "siglip_vision_model": _squashed(224, 3),
+    "blip": _squashed(384, 3, CLIP_MEAN, CLIP_STD),
 }
+PIL, FLOAT = "pil", "float"
+ROUNDINGS = (PIL, FLOAT)
+# Their processors never had 8-bit images: transformers resizes DINOv3's as tensors.
+NEVER_ROUNDED = ("dinov3_vit",)
 
 
 def _straight_through(value: Array, x: Array) -> Array:
@@ -117,25 +133,41 @@ def resize(
     return levels / 255.0
 
 
+def resize_float(
+    images: Float[Array | np.ndarray, "n h w c"], height: int, width: int, resample: int
+) -> Float[Array | np.ndarray, "n out_h out_w c"]:
+    """`resize` without rounding, as torch resizes tensors with antialiasing."""
+    x = images
+    for axis, size in ((2, width), (1, height)):
+        if x.shape[axis] != size:
+            weights = jnp.asarray(resize_weights(x.shape[axis], size, resample), jnp.float32)
+            x = jnp.tensordot(x, weights, (axis, 1), precision=jax.lax.Precision.HIGHEST)
+            x = jnp.moveaxis(x, -1, axis)
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
     """One `preprocessor_config.json`, ready to be applied to batches in a graph."""
 
     shortest_edge: int | None  # resize the shorter side to this, keeping the aspect ratio, or
-    size: tuple[int, int] | None  # resize to this (height, width); both None: no resize
+    longest_edge: int | None  # the longer side, filling up with black to a square, or
+    size: tuple[int, int] | None  # resize to this (height, width); all None: no resize
     resample: int
     crop: tuple[int, int] | None  # (height, width) cut out of the middle
     scale: float  # of values in [0, 1]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    rounded: bool = True  # resize 8-bit images, as Pillow does
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], kind: str) -> Preprocessor:
+    def from_dict(cls, values: Mapping[str, Any], kind: str, rounding: str = PIL) -> Preprocessor:
         """Reads a preprocessor_config.json, old (sizes as numbers) or new (as dictionaries).
 
         Args:
             values: the dictionary.
             kind: the model_type of config.json, for the entries that the file leaves out.
+            rounding: of `ROUNDINGS`.
 
         Returns:
             The preprocessor.
@@ -151,28 +183,35 @@ class Preprocessor:
                 f"preprocessor_config.json: resample = {resample!r} is not supported; "
                 f"supported: {known} (Pillow's bilinear and bicubic)"
             )
-        if values.get("do_pad"):
-            raise ValueError("preprocessor_config.json: do_pad = True is not supported")
-        edge, size = None, None
+        edge, longest, size = None, None, None
         if values.get("do_resize", True):
-            edge, size = _read_size(values["size"], square=kind == "vit")
+            edge, longest, size = _read_size(values["size"], square=kind == "vit")
+        if bool(values.get("do_pad")) != (longest is not None):
+            raise ValueError(
+                "preprocessor_config.json: do_pad is supported with size = {'longest_edge': n}, "
+                "and needed there"
+            )
         crop = None
         if values["do_center_crop"]:
-            crop = _read_size(values.get("crop_size", 224), square=True)[1]
+            crop = _read_size(values.get("crop_size", 224), square=True)[2]
         rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
         normalize = values.get("do_normalize", True)
         return cls(
             shortest_edge=edge,
+            longest_edge=longest,
             size=size,
             resample=resample,
             crop=crop,
             scale=255.0 * rescale,
             mean=tuple(values["image_mean"]) if normalize else (0.0,),
             std=tuple(values["image_std"]) if normalize else (1.0,),
+            rounded=rounding == PIL and kind not in NEVER_ROUNDED,
         )
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) after resizing and cropping an image of the given size."""
+        if self.longest_edge is not None:
+            return (self.longest_edge, self.longest_edge)
         return self.crop or self._resized(height, width)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -180,6 +219,9 @@ class Preprocessor:
             short, long = sorted((height, width))
             other = int(self.shortest_edge * long / short)
             return (self.shortest_edge, other) if height <= width else (other, self.shortest_edge)
+        if self.longest_edge is not None:
+            scale = self.longest_edge / max(height, width)
+            return round(height * scale), round(width * scale)
         return self.size or (height, width)
 
     def __call__(
@@ -196,7 +238,11 @@ class Preprocessor:
         Raises:
             ValueError: the crop is larger than the resized image.
         """
-        x = jnp.asarray(resize(images, *self._resized(*images.shape[1:3]), self.resample))
+        size = self._resized(*images.shape[1:3])
+        resized = resize if self.rounded else resize_float
+        x = jnp.asarray(resized(images, *size, self.resample))
+        if self.longest_edge is not None:
+            x = _padded(x, self.longest_edge)
         if self.crop is not None:
             (height, width), (crop_height, crop_width) = x.shape[1:3], self.crop
             if crop_height > height or crop_width > width:
@@ -210,15 +256,23 @@ class Preprocessor:
         return (x.astype(jnp.float32) * self.scale - mean) / std
 
 
-def _read_size(value: Any, square: bool) -> tuple[int | None, tuple[int, int] | None]:
-    """(shortest edge, None) or (None, (height, width))."""
+def _padded(x: Array, side: int) -> Array:
+    """Black bars around [N, h, w, C] up to a square; of an odd rest less at the top and left."""
+    bars = [(missing // 2, missing - missing // 2) for missing in (side - n for n in x.shape[1:3])]
+    return jnp.pad(x, ((0, 0), *bars, (0, 0)))
+
+
+def _read_size(value: Any, square: bool) -> tuple[int | None, int | None, tuple[int, int] | None]:
+    """(shortest edge, longest edge, (height, width)), two of them None."""
     if isinstance(value, int):
-        return (None, (value, value)) if square else (value, None)
+        return (None, None, (value, value)) if square else (value, None, None)
     if isinstance(value, Mapping) and set(value) == {"shortest_edge"}:
-        return int(value["shortest_edge"]), None
+        return int(value["shortest_edge"]), None, None
+    if isinstance(value, Mapping) and set(value) == {"longest_edge"}:
+        return None, int(value["longest_edge"]), None
     if isinstance(value, Mapping) and set(value) == {"height", "width"}:
-        return None, (int(value["height"]), int(value["width"]))
+        return None, None, (int(value["height"]), int(value["width"]))
     raise ValueError(
         f"preprocessor_config.json: size {value!r} is not supported; it must be a number, "
-        "{'shortest_edge': n} or {'height': n, 'width': n}"
+        "{'shortest_edge': n}, {'longest_edge': n} or {'height': n, 'width': n}"
     )

@@ -141,6 +141,7 @@ def _architecture(
         own=root / "encoders",
         locate=lambda model: config_files(model, scratch / model.replace("/", "_"), pipeline=False),
         dtype=jnp.dtype(config.model.encoder_dtype),
+        rounding=config.model.encoder_resize,
         place=place,
         weights=False,
     )

@@ -71,7 +71,8 @@ class Reward:
         score: (variables, images [P, K, H, W, 3] in [0, 1], inputs [P, ...]) -> [P, K] fp32; pure.
         prepare: (variables, N prompts) -> pytree of NumPy arrays [N, ...]; on the host, once per
             prompt set.
-        network: key of the variables that both get, see `Networks`; '' for none ({}).
+        network: key of the variables that both get, see `Networks`; '' for none ({}). Several
+            keys give a tuple of variables.
         input_shapes: N -> what `prepare` returns, as shapes; None where it can run without
             weights.
         measure: called as `score`, what the evaluation publishes in its place -> Measures; pure.
@@ -81,7 +82,7 @@ class Reward:
     name: str
     score: Callable[[PyTree, Array, PyTree], Array]
     prepare: Callable[[PyTree, Sequence[Prompt]], PyTree] = nothing_per_prompt
-    network: str = ""
+    network: str | tuple[str, ...] = ""
     input_shapes: Callable[[int], PyTree] | None = None
     measure: Callable[[PyTree, Array, PyTree], Measures] | None = None
 
@@ -98,7 +99,12 @@ class RewardOptions:
 class ModelRewardOptions(RewardOptions):
     """Of a reward with a network."""
 
-    model: str = field("Directory or hub id@revision; '' is the pipeline's own.", "")
+    model: str = field("Directory, file or hub id@revision; '' is the pipeline's own.", "")
+    tokenizer: str = field(
+        "Directory or hub id@revision of a tokenizer, where the model has none; '' is the "
+        "pipeline's first.",
+        "",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

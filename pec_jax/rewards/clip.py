@@ -1,11 +1,13 @@
 """CLIP score: how well an image fits its prompt, by the cosine of CLIP features.
 
 CLIP: Radford et al. 2021, arXiv 2103.00020; as a score of generated images: Hessel et al. 2021,
-arXiv 2104.08718 (without their factor of 2.5 and without their clipping at 0).
+arXiv 2104.08718 (without their factor of 2.5 and without their clipping at 0). Any published tower
+will do: OpenAI's L/14, LAION's H/14, or DFN5B's H/14 at 378 px.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 
@@ -14,23 +16,44 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pec_jax.config.fields import field
 from pec_jax.data.prompts import Prompt
 from pec_jax.perception.encoder import Encoder, unit
 from pec_jax.perception.networks import Networks
 from pec_jax.perception.preprocessing import to_uint8_levels
 from pec_jax.rewards.base import ModelRewardOptions, Reward, register
 from pec_jax.types import PyTree
+from pec_jax.weights.published import Files
 
 TEXT_BATCH = 64  # prompts encoded at a time
+COSINE = "cosine"
+# What is left of s = exp(logit_scale) cos; 26 is Flow-GRPO's divisor of PickScore, 30 of CLIP's.
+DIVISORS = {"score": 1.0, "score/26": 26.0, "score/30": 30.0}
+SCALES = (COSINE, *DIVISORS)
 
 
-def two_tower_encoder(name: str, options: ModelRewardOptions, networks: Networks) -> Encoder:
+@dataclasses.dataclass(frozen=True)
+class ClipOptions(ModelRewardOptions):
+    """The paper's CLIP score is the cosine."""
+
+    scale: str = field("The cosine, or exp(logit_scale) times it, divided.", COSINE, choices=SCALES)
+
+
+def two_tower_encoder(
+    name: str, options: ModelRewardOptions, networks: Networks, architecture: Files | None = None
+) -> Encoder:
     """The encoder of a reward, which must read texts as well as images.
+
+    Args:
+        name: of the reward.
+        options: of it.
+        networks: that load the encoder.
+        architecture: see `Networks.encoder`.
 
     Raises:
         ValueError: one without a text tower.
     """
-    encoder = networks.encoder(name, options.model)
+    encoder = networks.encoder(name, options.model, architecture, options.tokenizer)
     if encoder.text_features is None:
         raise ValueError(
             f"The encoder {encoder.name!r} reads no text, so that the reward {name!r} cannot "
@@ -39,17 +62,29 @@ def two_tower_encoder(name: str, options: ModelRewardOptions, networks: Networks
     return encoder
 
 
-def cosine_reward(name: str, encoder: Encoder, scale=lambda variables, cosine: cosine) -> Reward:
-    """A reward that is a function of the pair's cosine.
+def cosine_reward(name: str, encoder: Encoder, scale: str = COSINE) -> Reward:
+    """A reward that is the pair's cosine, or proportional to it.
 
     Args:
         name: of the reward.
         encoder: of two towers.
-        scale: (variables, cosines [P, K]) -> [P, K].
+        scale: of `SCALES`.
+
+    Raises:
+        ValueError: a scale that the encoder does not have.
     """
+    logit_scale = encoder.logit_scale
+    if scale != COSINE and logit_scale is None:
+        raise ValueError(
+            f"The encoder {encoder.name!r} has no logit scale; use a CLIP-like model, or set "
+            f"config.rewards.{name}.scale={COSINE}."
+        )
 
     def score(variables: PyTree, images: Array, text: PyTree) -> Array:
-        return scale(variables, pair_cosine(encoder, variables, images, text))
+        cosine = pair_cosine(encoder, variables, images, text)
+        if scale == COSINE or logit_scale is None:
+            return cosine
+        return logit_scale(variables) * cosine / DIVISORS[scale]
 
     return Reward(
         name,
@@ -67,13 +102,14 @@ def tokenize(encoder: Encoder, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
         encoder: with a text tower.
         texts: N texts.
     """
-    whole = encoder.tokenizer(list(texts), padding=False, truncation=False, verbose=False)
-    lengths = [len(ids) for ids in whole["input_ids"]]
-    too_long = [text for text, n in zip(texts, lengths) if n > encoder.text_length]
+    tokenizer = encoder.tokenizer()
+    limit = min(encoder.text_length, tokenizer.model_max_length)
+    whole = tokenizer(list(texts), padding=False, truncation=False, verbose=False)
+    too_long = [text for text, ids in zip(texts, whole["input_ids"]) if len(ids) > limit]
     if too_long:
         warnings.warn(
-            f"{len(too_long)} of {len(texts)} prompts are longer than the {encoder.text_length} "
-            f"tokens that {encoder.name!r} reads, and are cut for its score; the first is "
+            f"{len(too_long)} of {len(texts)} prompts are longer than the {limit} tokens that "
+            f"{encoder.name!r} reads, and are cut for its score; the first is "
             f"{too_long[0][:80]!r}.",
             stacklevel=2,
         )
@@ -129,7 +165,7 @@ def pair_cosine(
     return jnp.einsum("pkd,pd->pk", features, text, precision="highest")
 
 
-@register("clip", ModelRewardOptions)
-def make(options: ModelRewardOptions, networks: Networks) -> Reward:
-    """The pair's cosine, without the logit scale."""
-    return cosine_reward("clip", two_tower_encoder("clip", options, networks))
+@register("clip", ClipOptions)
+def make(options: ClipOptions, networks: Networks) -> Reward:
+    """The pair's cosine, on the scale that the options say."""
+    return cosine_reward("clip", two_tower_encoder("clip", options, networks), options.scale)

@@ -100,6 +100,8 @@ class CombinedReward:
 
 def variables_of(reward: Reward, networks: Mapping[str, PyTree]) -> PyTree:
     """The variables a reward asks for."""
+    if isinstance(reward.network, tuple):
+        return tuple(networks[key] for key in reward.network)
     return networks[reward.network] if reward.network else {}
 
 

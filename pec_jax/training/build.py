@@ -102,6 +102,7 @@ def build(config: Config, place: Placement | None = None) -> Experiment:
         own=root / "encoders",
         locate=model_directory,
         dtype=jnp.dtype(config.model.encoder_dtype),
+        rounding=config.model.encoder_resize,
         place=place,
     )
     judges = make_judges(config, networks)

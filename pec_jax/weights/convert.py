@@ -26,7 +26,7 @@ from flax import traverse_util
 
 from pec_jax.distributed.mesh import put_array
 from pec_jax.models.layers import RUN_NAME, expand_runs
-from pec_jax.weights.tensors import TensorFiles, WeightsError
+from pec_jax.weights.tensors import Tensors, WeightsError
 
 PyTree = Any
 STORED = ("params", "buffers")
@@ -142,7 +142,7 @@ def from_torch(
     """Variables from a torch state dict, read tensor by tensor.
 
     Args:
-        tensors: torch name -> array; `TensorFiles` or a dict.
+        tensors: torch name -> array; `Tensors` or a dict.
         abstract_variables: the shapes expected, boxed or not.
         ignore: regular expressions; an extra tensor whose whole name matches one is no error.
         dtype: of the leaves but for scalars, which keep theirs; by default the expected (fp32).
@@ -157,7 +157,7 @@ def from_torch(
         WeightsError: a tensor is missing, unexpected, or of another shape; the message
             names it, both shapes, and the file.
     """
-    source = f"{tensors.directory}: " if isinstance(tensors, TensorFiles) else ""
+    source = f"{tensors.directory}: " if isinstance(tensors, Tensors) else ""
     plan = list(leaves(abstract_variables))
     wanted = {name for leaf, _ in plan for name in leaf.names}
     if missing := sorted(wanted - set(tensors)):
@@ -208,7 +208,7 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _check_shape(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> None:
-    if isinstance(tensors, TensorFiles):
+    if isinstance(tensors, Tensors):
         found, source = tensors.shape(name), f"{tensors.file(name)}: "
     else:
         found, source = tuple(tensors[name].shape), ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,26 @@ class WeightsError(FileError):
     """A model directory that cannot be used; the message names the file and what to do."""
 
 
-class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of one model: name -> array, read from disk when asked for."""
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of one model: name -> array, read when asked for.
+
+    Attributes:
+        directory: where the model lies; named in messages.
+    """
+
+    directory: Path
+
+    @abc.abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+
+    @abc.abstractmethod
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+
+
+class TensorFiles(Tensors):
+    """Those of safetensors files."""
 
     def __init__(self, directory: Path, files: Mapping[str, Path]):
         """Opens every file, which checks its header against its size.

@@ -15,7 +15,9 @@ import torch
 import transformers
 
 from pec_jax.families.text import load_variables
-from pec_jax.models import clip, dinov2, vit
+from pec_jax.models import clip
+from pec_jax.models.vision import VisionTower
+from pec_jax.models.vision_kinds import KINDS, read_vision_config
 
 
 def clip_config(text_layers: int, vision_layers: int, **sizes) -> transformers.CLIPConfig:
@@ -86,10 +88,8 @@ def our_network(values: dict):
     if values["model_type"] == "clip":
         module = clip.CLIPModel(clip.CLIPConfig.from_dict(values))
         return module, clip.IGNORED_TENSORS, "get_image_features"
-    if values["model_type"] == "vit":
-        return vit.ViTModel(vit.ViTConfig.from_dict(values)), vit.IGNORED_TENSORS, None
-    module = dinov2.Dinov2Model(dinov2.Dinov2Config.from_dict(values))
-    return module, dinov2.IGNORED_TENSORS, None
+    kind = values["model_type"]
+    return VisionTower(read_vision_config(values), tokens=True), KINDS[kind].ignored, None
 
 
 def example_inputs(module) -> tuple[np.ndarray, ...]:

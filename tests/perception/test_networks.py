@@ -20,7 +20,6 @@ from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.models import layers
 from pec_jax.perception.encoder import Encoder
 from pec_jax.perception.networks import Networks
-from pec_jax.rewards.base import ModelRewardOptions
 from pec_jax.rl.score import Space
 from pec_jax.types import Frozen
 from pec_jax.weights.tensors import write_tensors
@@ -69,14 +68,14 @@ def test_a_model_is_the_pipelines_own_or_another(networks, tmp_path):
 def test_the_second_call_for_a_directory_loads_nothing(networks, monkeypatch):
     first = networks.encoder("pickscore", "")
     variables = networks.variables[first.network]
-    monkeypatch.setattr("pec_jax.perception.hugging_face.load_encoder", None)
+    monkeypatch.setattr("pec_jax.perception.loading.load_encoder", None)
     again = networks.encoder("clip", str(OWN / "pickscore"))
     assert again is first and networks.variables == {first.network: variables}
 
 
 def flops(networks: Networks, encoder: Encoder, *, rewarded: bool, perceived: bool) -> float:
     """Of a score that looks at its images as the train step does."""
-    reward = REWARDS["pickscore"].make(ModelRewardOptions(), networks)
+    reward = REWARDS["pickscore"].make(REWARDS["pickscore"].options(), networks)
     space = Space(encoder.network, encoder.image_features, 1.0)
 
     def score(variables, images):
@@ -116,7 +115,7 @@ def test_without_weights_there_are_shapes(networks):
     planned = Networks(own=OWN, locate=Path, weights=False)
     for name in ("clip", "dino"):
         encoder, shapes = networks.encoder(name, ""), planned.encoder(name, "")
-        assert (shapes.dim, shapes.tokenizer) == (encoder.dim, None)
+        assert shapes.dim == encoder.dim
         found = planned.variables[shapes.network]
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found))
         expected = jax.eval_shape(lambda v: v, networks.variables[encoder.network])

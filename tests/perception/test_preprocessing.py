@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from pec_jax.perception.preprocessing import Preprocessor, resize, resize_weights, to_uint8_levels
+from pec_jax.perception.preprocessing import (
+    FLOAT,
+    Preprocessor,
+    resize,
+    resize_float,
+    resize_weights,
+    to_uint8_levels,
+)
 
 BILINEAR, BICUBIC = 2, 3
 
@@ -105,6 +113,69 @@ def test_old_files_hold_sizes_as_numbers():
     assert Preprocessor.from_dict({"size": 32}, "vit") == Preprocessor.from_dict(VIT_CONFIG, "vit")
 
 
+@pytest.mark.parametrize("size", [(512, 512), (768, 768), (1024, 1024), (640, 480), (333, 517)])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "blip", "hps"])
+def test_levels_equal_pillows(kind, size):
+    """At the sizes that models draw, for every way to resize: none off by more than one level."""
+    side = 64  # of the encoder; it makes no difference to the arithmetic
+    configs = {
+        "clip": {"size": {"shortest_edge": side}, "crop_size": side},
+        "siglip": {"size": {"height": side, "width": side}},
+        "blip": {"size": {"shortest_edge": side}, "crop_size": side, "do_center_crop": True},
+        "hps": {"size": {"longest_edge": side}, "do_center_crop": False, "do_pad": True},
+    }
+    model = "clip" if kind == "hps" else kind
+    preprocess = Preprocessor.from_dict({**configs[kind], "do_normalize": False}, model)
+    image = np.kron(noise(size[0] // 8 + 1, size[1] // 8 + 1, 3), np.ones((8, 8, 1), np.uint8))
+    image = image[: size[0], : size[1]]
+    ours = np.asarray(preprocess(jnp.asarray(image)[None] / 255.0)[0]) * 255.0
+    off = np.abs(ours - by_pillow(image, kind, side).astype(np.float32))
+    assert (off < 1e-3).mean() >= 0.99 and off.max() < 1 + 1e-3
+
+
+def by_pillow(image: np.ndarray, kind: str, side: int) -> np.ndarray:
+    """The published preprocessing, by Pillow's own functions."""
+    picture = Image.fromarray(image)
+    width, height = picture.size
+    if kind == "siglip":
+        return np.asarray(picture.resize((side, side), Image.BICUBIC))
+    if kind == "hps":
+        scale = side / max(width, height)
+        size = (round(width * scale), round(height * scale))
+        square = Image.new("RGB", (side, side))
+        square.paste(
+            picture.resize(size, Image.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
+        )
+        return np.asarray(square)
+    short = min(width, height)
+    size = (int(side * width / short), int(side * height / short))
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    picture = picture.resize(size, Image.BICUBIC)
+    return np.asarray(picture.crop((left, top, left + side, top + side)))
+
+
+@pytest.mark.parametrize("resample", [BILINEAR, BICUBIC])
+@pytest.mark.parametrize("size", [(48, 64), (20, 33)])
+def test_without_rounding_it_is_torchs_antialiased_resize(size, resample):
+    image = np.random.default_rng(0).random((2, *size, 3)).astype(np.float32)
+    mode = {BILINEAR: "bilinear", BICUBIC: "bicubic"}[resample]
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(image).permute(0, 3, 1, 2), size=(32, 24), mode=mode, antialias=True
+    )
+    ours = resize_float(image, 32, 24, resample)
+    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=2e-6)
+
+
+def test_rounding_is_an_option_that_dinov3_never_had():
+    values = {"size": {"height": 32, "width": 32}}
+    images = np.random.default_rng(0).random((1, 64, 64, 3)).astype(np.float32)
+    rounded = Preprocessor.from_dict(values, "siglip")
+    exact = Preprocessor.from_dict(values, "siglip", FLOAT)
+    off = np.abs(np.asarray(rounded(images)) - np.asarray(exact(images))).max()
+    assert 1e-4 < off < 2 / 127.5
+    assert rounded.rounded and not Preprocessor.from_dict(values, "dinov3_vit").rounded
+
+
 def test_gradient_passes_through_the_resize():
     preprocess = Preprocessor.from_dict(CLIP_CONFIG, "clip")
     images = np.full((1, 48, 48, 3), 0.5, np.float32)
@@ -118,8 +189,8 @@ def test_gradient_passes_through_the_resize():
     "config, message",
     [
         ({"resample": 1}, "resample = 1 is not supported; supported: 2, 3"),
-        ({"size": {"longest_edge": 32}}, "longest_edge"),
-        ({"do_pad": True}, "do_pad = True"),
+        ({"size": {"longest_edge": 32}}, "do_pad is supported with"),
+        ({"do_pad": True}, "do_pad is supported with"),
     ],
 )
 def test_config_names_what_it_cannot_compute(config, message):

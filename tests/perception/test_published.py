@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pec_jax.perception.hugging_face import load_encoder
+from pec_jax.perception.loading import load_encoder
 from pec_jax.perception.published import ENCODERS
 from pec_jax.weights.published import find, write
 
@@ -16,6 +16,10 @@ from pec_jax.weights.published import find, write
     [
         ("pickscore_v1", 986_109_441),
         ("clip-vit-large-patch14", 427_616_513),
+        ("dfn5b-clip-vit-h-14-378", 986_109_441 + (27**2 - 16**2) * 1280),
+        ("hps_v2.1_compressed.pt", 986_109_441),
+        ("imagereward.pt", 445_739_522 - (1024 + 768 + 2) * 256 - 2 * (768 + 1)),
+        ("siglip-so400m-patch14-384", 428_225_600),
         ("dino-vitb16", 85_798_656),
     ],
 )

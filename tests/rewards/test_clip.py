@@ -19,7 +19,7 @@ from pec_jax.data.prompts import Prompt
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.perception.encoder import Encoder
 from pec_jax.perception.networks import Networks
-from pec_jax.rewards import ModelRewardOptions, clip
+from pec_jax.rewards import clip
 from pec_jax.rewards.combined import make_rewards
 from pec_jax.weights.tensors import read_tensors, write_tensors
 
@@ -44,7 +44,7 @@ ENCODER = Encoder(
     image_features=lambda v, images: images.mean((1, 2)) @ v["projection"],
     text_features=lambda v, ids: v["embedding"][ids].sum(1),
     logit_scale=lambda v: jnp.exp(v["log_scale"]),
-    tokenizer=word_tokenizer(),
+    tokenizer=word_tokenizer,
     text_length=5,
 )
 RNG = np.random.default_rng(0)
@@ -62,12 +62,12 @@ class OneEncoder(Networks):
         super().__init__(own=Path(), locate=Path)
         object.__setattr__(self, "one", encoder)
 
-    def encoder(self, name, model):
+    def encoder(self, name, model, *rest):
         return self.one
 
 
-def make(name, encoder=ENCODER):
-    return REWARDS[name].make(ModelRewardOptions(), OneEncoder(encoder))
+def make(name, encoder=ENCODER, **options):
+    return REWARDS[name].make(REWARDS[name].options(**options), OneEncoder(encoder))
 
 
 def cosine_by_hand(images):
@@ -102,8 +102,23 @@ def test_pickscore_scales_the_cosine():
     np.testing.assert_allclose(scores, np.exp(1.5) * np.asarray(unscaled), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, scale, factor",
+    [
+        ("pickscore", "cosine", 1.0),
+        ("pickscore", "score", np.exp(1.5)),
+        ("clip", "score/30", np.exp(1.5) / 30),
+    ],
+)
+def test_the_scale_is_an_option(name, scale, factor):
+    reward = make(name, scale=scale)
+    scores = reward.score(VARIABLES, IMAGES, reward.prepare(VARIABLES, PROMPTS))
+    np.testing.assert_allclose(scores, factor * cosine_by_hand(IMAGES), atol=1e-5)
+
+
 def test_both_by_name():
-    sections = {"clip": ModelRewardOptions(1.0), "pickscore": ModelRewardOptions(2.0)}
+    weights = {"clip": 1.0, "pickscore": 2.0}
+    sections = {name: REWARDS[name].options(weight=w) for name, w in weights.items()}
     reward = make_rewards(sections, OneEncoder(ENCODER))
     networks = {"small": VARIABLES}
     total, _ = reward.score(networks, IMAGES, reward.prepare(networks, PROMPTS))
@@ -120,7 +135,7 @@ def test_pickscore_in_bfloat16_keeps_its_scale(tmp_path, dtype):
     write_tensors(root, {**tensors, "logit_scale": np.float32(4.60517)})
     networks = Networks(own=tmp_path, locate=Path, dtype=dtype)
     pickscore, cosine = (
-        REWARDS[name].make(ModelRewardOptions(model=str(root)), networks)
+        REWARDS[name].make(REWARDS[name].options(model=str(root)), networks)
         for name in ("pickscore", "clip")
     )
     variables = networks.variables[pickscore.network]

@@ -6,7 +6,7 @@ from pec_jax.perception.definition import EncoderOptions, register
 from pec_jax.perception.encoder import Encoder
 from pec_jax.perception.networks import Networks
 
-NAMES = ("clip", "dino", "dinov2", "pickscore")
+NAMES = ("clip", "dino", "dinov2", "dinov3", "pickscore", "siglip2")
 
 
 def _register(name: str) -> None:

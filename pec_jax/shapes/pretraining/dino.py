@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.models import vit
+from pec_jax.models.vision import VisionTower
+from pec_jax.models.vision_kinds import read_vision_config
 from pec_jax.shapes import finish
 from pec_jax.shapes import scenes as shapes
 from pec_jax.shapes.pretraining import common, skeleton
@@ -41,8 +42,8 @@ RECIPE = Recipe(
 )
 
 
-def model() -> vit.ViTModel:
-    return vit.ViTModel(vit.ViTConfig.from_dict(skeleton.VIT))
+def model() -> VisionTower:
+    return VisionTower(read_vision_config(skeleton.VIT))
 
 
 def contrastive_loss(student: Array, teacher: Array) -> Array:
@@ -87,7 +88,7 @@ def draw(key: Array) -> Array:
     return common.to_pixels(jnp.stack([photograph(k, attributes) for k in photo_keys]))
 
 
-def make_loss(module: vit.ViTModel):
+def make_loss(module: VisionTower):
     """Momentum contrast of the two photographs, each way; `ema` is the teacher; see `loop.Loss`."""
 
     def loss(params, ema, extra, photographs, key):
@@ -95,8 +96,8 @@ def make_loss(module: vit.ViTModel):
 
         def features(params):
             pixels = photographs.reshape(-1, *photographs.shape[2:])
-            tokens: Any = module.apply({"params": params}, pixels)
-            return tokens[:, 0].reshape(2, ALBUMS, ALBUM, -1)
+            found: Any = module.apply({"params": params}, pixels)
+            return found.reshape(2, ALBUMS, ALBUM, -1)
 
         student, teacher = features(params), features(ema)
         there = contrastive_loss(student[0], teacher[1])
@@ -120,8 +121,7 @@ def evaluate(params, key: Array) -> dict[str, float]:
 
     @jax.jit
     def class_token(params, pixels):
-        tokens: Any = model().apply({"params": params}, pixels)
-        return tokens[:, 0]
+        return model().apply({"params": params}, pixels)
 
     features = np.concatenate(
         [np.asarray(class_token(params, common.to_pixels(part.images))) for part in drawn]

@@ -12,7 +12,7 @@ from pec_jax.models.clip import CLIPConfig, CLIPTextConfig
 from pec_jax.models.mmdit import MMDiTConfig
 from pec_jax.models.t5 import T5Config
 from pec_jax.models.vae import VAEConfig
-from pec_jax.models.vit import ViTConfig
+from pec_jax.models.vision_kinds import read_vision_config
 from pec_jax.shapes.pretraining import skeleton
 
 
@@ -35,12 +35,16 @@ def directory(tmp_path_factory):
         ("encoders/pickscore", CLIPConfig),
         ("encoders/pickscore_taste", CLIPConfig),
         ("encoders/hps", CLIPConfig),
-        ("encoders/dino", ViTConfig),
     ],
 )
 def test_our_models_read_every_config(directory, name, config):
     values = json.loads((directory / name / "config.json").read_text())
     assert isinstance(config.from_dict(values), config)
+
+
+def test_our_vision_transformer_reads_its_config(directory):
+    values = json.loads((directory / "encoders/dino/config.json").read_text())
+    assert read_vision_config(values).width == values["hidden_size"]
 
 
 def test_widths_fit_together(directory):

@@ -1,4 +1,4 @@
-"""Encoders, loaded from Hugging Face directories, against transformers."""
+"""Encoders, loaded from the files of their publishers, against transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from pec_jax.errors import FileError
 from pec_jax.perception.encoder import unit
-from pec_jax.perception.hugging_face import load_encoder
+from pec_jax.perception.loading import load_encoder
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
@@ -184,9 +184,9 @@ def test_bf16_features_are_fp32(clip_directory):
         (
             "config.json",
             "model_type",
-            "siglip",
+            "swin",
             ValueError,
-            "'siglip' .* known: 'clip', 'vit'",
+            "'swin' .* known: 'clip', 'blip', 'vit'",
         ),
         ("config.json", "image_size", 40, ValueError, r"makes images of \(32, 32\)"),
         ("config.json", "hidden_size", 48, WeightsError, r"expected \[1, 1, 48\]"),

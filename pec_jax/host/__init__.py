@@ -1,0 +1,1 @@
+"""Judges that run on the host: NumPy and the standard library, no JAX."""
