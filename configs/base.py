@@ -55,7 +55,9 @@ def _model_and_data(config: ConfigDict) -> None:
             "noise_level": 0.7,
             "guidance": 4.5,
             "window": (),
-            "train_fraction": 0.99,  # Flow-GRPO never trains the last, nearly noiseless step
+            "train_fraction": 0.99,  # Flow-GRPO never trains the last step
+            "noise": "trained",
+            "log_density": "gaussian",
             "storage_dtype": "float32",
         }
     )
@@ -109,6 +111,7 @@ def _method(config: ConfigDict) -> None:
             "epochs": 1,
             "advantage_std": "global",
             "advantage_clip": 5.0,
+            "drop_zero_advantages": False,
         }
     )
 
@@ -125,6 +128,9 @@ def _optimizer_and_run(config: ConfigDict) -> None:
             "eps": 1e-8,
             "grad_clip": 1.0,
             "ema_decay": 0.9,
+            "ema_every": 1,
+            "ema_repeats": 1,
+            "ema_warmup": False,
             "max_skipped": 5,
         }
     )

@@ -303,12 +303,18 @@ def estimator_ranks(directories: Sequence[Path]) -> str:
     """Spearman's rank correlation over runs, of each estimator's H_perc with other measures."""
     from scipy import stats
 
-    evaluations = [json.loads((d / "eval.json").read_text("utf-8")) for d in directories]
+    from pec_jax.evaluation import run_table
+
+    spaces = ("dino", "clip", "pickscore")
+    evaluations = [
+        run_table.current_names(json.loads((d / "eval.json").read_text("utf-8")), spaces)
+        for d in directories
+    ]
     lines = ["| H_perc | gaussian | logdet | knn | Vendi score | pairwise distance |"]
     lines.append("|---|" + "---:|" * 5)
-    for space in ("dino", "clip", "pickscore"):
+    for space in spaces:
         others = [f"entropy/{name}_{space}" for name in ("gaussian", "logdet", "knn")]
-        others += [f"diversity/vendi_{space}", f"diversity/{space}"]
+        others += [f"diversity/vendi_{space}", f"diversity/pairwise_l2_{space}"]
         for name in ("gaussian", "logdet", "knn"):
             mine = [e[f"entropy/{name}_{space}"] for e in evaluations]
             cells = [

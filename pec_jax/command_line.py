@@ -39,14 +39,19 @@ class _ConfigParser(flags.ArgumentParser):
         return config
 
 
-def define_config() -> flags.FlagHolder:
-    """The flags --config, whose fields are overridden by --config.a.b=v, and --plugin."""
+def define_plugin() -> None:
+    """The flag --plugin; the files are imported when flags have been parsed."""
     flags.DEFINE_multi_string(
         "plugin",
         [],
         "A Python file that registers rewards, encoders, constraints or objectives; repeat for "
         "more. It runs before the config file.",
     )
+
+
+def define_config() -> flags.FlagHolder:
+    """The flags --config, whose fields are overridden by --config.a.b=v, and --plugin."""
+    define_plugin()
     try:
         holder = config_flags.DEFINE_config_file(
             "config",

@@ -121,6 +121,8 @@ def _take_a_share_of_the_cores():
         share = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: int(count)]
         if share:
             os.sched_setaffinity(0, share)
+            # A callback needs a thread beside its device's own, see rewards/host.py.
+            os.environ.setdefault("NPROC", "2")
 
 
 _take_a_share_of_the_cores()  # before jax counts them

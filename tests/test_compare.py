@@ -49,7 +49,7 @@ def make_run(directory, seed=0, quality=1.0, diversity=1.0, base=0.5, **changes)
     numbers = {
         "quality/a": quality + 0.01 * seed,
         "quality/a/low": 0.0,
-        "diversity/dino": diversity,
+        "diversity/pairwise_l2_dino": diversity,
     }
     evaluation = {
         **numbers,

@@ -69,6 +69,13 @@ class SamplerConfig:
     train_fraction: float = field(
         "Automatic window: the first int(train_fraction * num_steps) steps.", low=0.0, high=1.0
     )
+    noise: str = field(
+        "Which steps draw noise: the trained ones, or all of them.", choices=("trained", "all")
+    )
+    log_density: str = field(
+        "Of a step: the Gaussian's, or -|x_next - mean|^2, as Flow-GRPO has it for cps.",
+        choices=("gaussian", "squared_error"),
+    )
     storage_dtype: str = field("x_next is rounded to it before its log-prob.", choices=FLOATS)
 
 
@@ -120,6 +127,9 @@ class UpdatesConfig:
         "Advantages are scaled by the std of each group, or of all.", choices=("group", "global")
     )
     advantage_clip: float = field("Bound on the absolute advantage.", low=0.0)
+    drop_zero_advantages: bool = field(
+        "Images of advantage 0 (a group of equal rewards) leave the means of the loss."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +143,10 @@ class OptimizerConfig:
     b2: float = field("Of AdamW.", low=0.0, high=1.0)
     eps: float = field("Of AdamW.", low=0.0)
     grad_clip: float = field("Bound on the gradient's global norm; 0 is off.", low=0.0)
-    ema_decay: float = field("Per update, of the averaged parameters.", low=0.0, high=1.0)
+    ema_decay: float = field("Of the averaged parameters, each time they move.", low=0.0, high=1.0)
+    ema_every: int = field("Updates from one of their moves to the next.", low=1)
+    ema_repeats: int = field("Moves at a time, one after the other.", low=1)
+    ema_warmup: bool = field("The decay is at most (1 + n) / (10 + n) after n updates.")
     max_skipped: int = field("Non-finite updates in a row after which a run stops.", low=1)
 
 

@@ -48,6 +48,11 @@ def _check_division(config: Config) -> None:
 
 
 def _check_window(sampler: SamplerConfig) -> None:
+    if sampler.kernel == "cps" and sampler.noise_level > 1:
+        raise ConfigError(
+            f"config.sampler.noise_level is {sampler.noise_level}; of the kernel cps it is the "
+            "share of the noise that is fresh: at most 1."
+        )
     if not sampler.window:
         return
     if len(sampler.window) != 2:

@@ -109,6 +109,20 @@ def vendi_score(features: np.ndarray) -> np.ndarray:
     return np.exp(_entropy(eigenvalues))
 
 
+def unit_variance(features: np.ndarray) -> np.ndarray:
+    """Mean squared distance of unit features to their mean, between 0 and 1.
+
+    Args:
+        features: [..., K, d]; normalised here.
+
+    Returns:
+        [...] float64.
+    """
+    features = _checked(features)
+    unit = features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    return np.square(unit - unit.mean(axis=-2, keepdims=True)).sum(axis=-1).mean(axis=-1)
+
+
 def colour_histogram_entropy(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Entropy of which colours (or other classes) the images of a prompt show.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,7 +82,8 @@ def read_run(directory: epath.Path) -> Run:
     path = directory / "config.json"
     config = io.read_json(path)
     check_schema(config, path)
-    run = Run(directory, config, io.read_json(directory / "eval.json"))
+    numbers = current_names(io.read_json(directory / "eval.json"), list(config["encoders"]))
+    run = Run(directory, config, numbers)
     try:
         _ = run.label, run.settings
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -106,6 +108,20 @@ def check_schema(config: Mapping[str, Any], path: epath.Path) -> None:
         )
     if missing := [name for name in SECTIONS if name not in config]:
         raise RunError(f"{path} lacks {', '.join(missing)}; it is not the config of a run.")
+
+
+def current_names(numbers: Mapping[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
+    """The numbers of a run under the names that they have today.
+
+    Distances were called after their encoder alone before `pairwise_l2_` said what they are.
+
+    Args:
+        numbers: as in eval.json.
+        encoders: their names.
+    """
+    names = "|".join(map(re.escape, encoders))
+    old = re.compile(rf"diversity/({names})(?=/|$)")
+    return {old.sub(r"diversity/pairwise_l2_\1", name): value for name, value in numbers.items()}
 
 
 def rows_of_runs(runs: Sequence[Run]) -> list[tuple[Row, list[Run]]]:

@@ -29,6 +29,12 @@ QUALITY, DIVERSITY, OVERALL = (
 )
 COMPUTED = (QUALITY, DIVERSITY, OVERALL)
 MAX_BYTES = 10_000_000
+REPEATED = (
+    "diversity/variance_",
+    "diversity/pairwise_cos_",
+    "diversity/pairwise_l2_pickscore",
+    "diversity/pairwise_l2_imagereward",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +78,14 @@ class Interval(NamedTuple):
 def is_column(name: str) -> bool:
     """Whether a number of an evaluation is a column of the table.
 
-    The variances repeat the pairwise distances, and the paper takes these in DINO's and CLIP's
-    space only.
+    Variances and cosines repeat the pairwise distances, and the paper takes these in DINO's and
+    CLIP's space only.
     """
     return (
         name.startswith(("quality/", "diversity/"))
         and name not in COMPUTED
         and not name.endswith(("/low", "/high"))
-        and not name.startswith("diversity/variance_")
-        and name != "diversity/pickscore"
+        and not name.startswith(REPEATED)
     )
 
 
@@ -251,14 +256,27 @@ def describe(columns: Sequence[str]) -> dict[str, str]:
             found[column] = _DEFINITIONS[column]
         elif kind == "quality":
             found[column] = f"mean of the reward `{name}` over all images"
-        elif name.startswith("vendi_"):
-            space = name.removeprefix("vendi_")
-            found[column] = f"Vendi score of a prompt's images, cosine kernel in {space}'s space"
+        elif name.startswith("failures"):
+            found[column] = f"share of the images that the reward `{name}` could not judge"
         else:
-            found[column] = f"mean Euclidean distance of two images of a prompt in {name}'s space"
+            found[column] = _of_space(name)
     return found
 
 
+def _of_space(name: str) -> str:
+    """What a diversity is, from its measure and its encoder."""
+    for prefix, text in _MEASURES.items():
+        if name.startswith(prefix):
+            return text.format(name.removeprefix(prefix))
+    return f"diversity of a prompt's images in {name}'s space"
+
+
+_MEASURES = {
+    "pairwise_l2_": "mean Euclidean distance of two images of a prompt, raw features of {}",
+    "pairwise_cos_": "mean of 1 - cosine of two images of a prompt, features of {}",
+    "vendi_": "Vendi score of a prompt's images, cosine kernel, features of {}",
+    "variance_": "variance of a prompt's images, unit features of {}",
+}
 _DEFINITIONS = {
     "quality/finish": "how well made the images are, by the rules of the embedded world",
     "diversity/attributes": "entropy of what a prompt leaves open, over its maximum",

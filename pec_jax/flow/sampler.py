@@ -17,8 +17,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-from pec_jax.flow.transition import get_kernel, log_prob, ode, schedule_stds
+from pec_jax.flow.transition import get_kernel, log_prob, ode, schedule_stds, squared_error
 from pec_jax.types import Conditioning, PyTree, Trajectory, Transition
+
+GAUSSIAN, SQUARED_ERROR = "gaussian", "squared_error"
 
 # (x_t [N, ...], sigma (scalar or [N])) -> v [N, ...]: a model with its weights and prompts in place
 Velocity = Callable[[Array, Array], Array]
@@ -89,6 +91,9 @@ class FlowSampler:
         noise_level: as the kernel takes it.
         stochastic: [T] which steps are stochastic, and trained; () is none.
         storage_dtype: of the states. Each is rounded to it before anything else reads it.
+        noise_everywhere: where any step is stochastic, the others draw noise as well, though they
+            are not trained.
+        log_density: of a step, "gaussian", or "squared_error" as Flow-GRPO has it for `cps`.
 
     Raises:
         ValueError: `stochastic` and `sigmas` disagree about T, or there is no such kernel.
@@ -99,6 +104,8 @@ class FlowSampler:
     noise_level: float = 0.0
     stochastic: tuple[bool, ...] = ()
     storage_dtype: Any = jnp.float32
+    noise_everywhere: bool = False
+    log_density: str = GAUSSIAN
 
     def __post_init__(self) -> None:
         get_kernel(self.kernel)
@@ -121,6 +128,12 @@ class FlowSampler:
     def step_std(self) -> Float[Array, " s"]:
         """Std of the policy at the trained steps; the schedule alone decides it."""
         return schedule_stds(self.sigmas, self.kernel, self.noise_level)[self.trained_steps]
+
+    def time_factor(self, taken: Transition) -> Array:
+        """dt of a step, which the variance of an SDE's kernel has as a factor; -1 for `cps`."""
+        if self.kernel == "cps":
+            return -jnp.ones_like(taken.sigma)
+        return taken.sigma_next - taken.sigma
 
     def sample(
         self,
@@ -177,11 +190,13 @@ class FlowSampler:
             taken: steps of N paths.
         """
         mean, std, _ = self._transition(velocity, taken.x_t, taken.sigma, taken.sigma_next)
-        return StepLogProb(_score(taken.x_next, mean, std), mean, std)
+        return StepLogProb(self._score(taken.x_next, mean, std), mean, std)
 
     def _prepare(self, velocity: Velocity, key: Array | None) -> tuple[Callable, tuple]:
         """One step as a function of its state and of the scan's inputs, and those inputs."""
         noisy_steps = self.stochastic or (False,) * self.num_steps
+        if self.noise_everywhere and any(noisy_steps):
+            noisy_steps = (True,) * self.num_steps
         sigmas = jnp.asarray(self.sigmas, jnp.float32)
         xs = (jnp.arange(self.num_steps), sigmas[:-1], sigmas[1:], jnp.asarray(noisy_steps))
 
@@ -195,7 +210,7 @@ class FlowSampler:
                 return mean_ode.astype(self.storage_dtype), no_logp, x_0_hat
             noise = _step_noise(key, step, x_t.shape)
             x_next = jnp.where(noisy, mean + std * noise, mean_ode).astype(self.storage_dtype)
-            return x_next, jnp.where(noisy, _score(x_next, mean, std), 0.0), x_0_hat
+            return x_next, jnp.where(noisy, self._score(x_next, mean, std), 0.0), x_0_hat
 
         return advance, xs
 
@@ -211,6 +226,15 @@ class FlowSampler:
             sigma_max=jnp.asarray(self.sigmas, jnp.float32)[1],
         )
         return mean, std, v
+
+    def _score(self, x_next: Array, mean: Array, std: Array) -> Array:
+        """The log-density [N], and 0 where the step had no noise and hence none."""
+        has_noise = std > 0
+        if self.log_density == SQUARED_ERROR:
+            logp = squared_error(x_next, mean)
+        else:
+            logp = log_prob(x_next, mean, jnp.where(has_noise, std, 1.0))
+        return jnp.where(has_noise.reshape(-1), logp, 0.0)
 
 
 def image_keys(key: Key[Array, ""], num_images: int) -> Key[Array, " n"]:
@@ -234,13 +258,6 @@ def _step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
     keys = key if key.ndim else image_keys(key, shape[0])
     draw = lambda k: jax.random.normal(jax.random.fold_in(k, step), shape[1:], jnp.float32)  # noqa: E731
     return jax.vmap(draw)(keys)
-
-
-def _score(x_next: Array, mean: Array, std: Array) -> Array:
-    """log_prob [N], and 0 where the step had no noise and hence no density."""
-    has_noise = std > 0
-    logp = log_prob(x_next, mean, jnp.where(has_noise, std, 1.0))
-    return jnp.where(has_noise.reshape(-1), logp, 0.0)
 
 
 def _per_image(sigma: ArrayLike, x: Array) -> Array:

@@ -209,6 +209,27 @@ def log_prob(
     )
 
 
+def squared_error(
+    x_next: Float[ArrayLike, "n ..."], mean: Float[ArrayLike, "n ..."]
+) -> Float[Array, " n"]:
+    """What Flow-GRPO's code takes for the log-density of `cps`: -mean_i (x_i - mu_i)^2.
+
+    The Gaussian's without its constant, times 2 std^2: steps of little noise then count as little
+    as they move the image, where the density would give them most of the gradient.
+
+    Args:
+        x_next: [N, ...] where the step went.
+        mean: [N, ...] the kernel's mean.
+
+    Returns:
+        [N] float32.
+
+    Source: yifan123/flow_grpo@54809b5: flow_grpo/diffusers_patch/sd3_sde_with_logprob.py.
+    """
+    x_next, mean = _as_float32(x_next, mean)
+    return -_mean_over_dimensions(jnp.square(x_next - mean))
+
+
 def gaussian_kl(
     mean: Float[ArrayLike, "n ..."],
     mean_ref: Float[ArrayLike, "n ..."],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from io import BytesIO
 
 import jax
@@ -168,12 +169,18 @@ def draw(
 
 
 def save(out: epath.Path, request: Request, latents: np.ndarray, images: np.ndarray) -> None:
-    """Writes one PNG an image, the contact sheet and the latents."""
+    """Writes one PNG per image, which prompt is whose, the contact sheet and the latents."""
     buffer = BytesIO()
     np.save(buffer, latents.transpose(0, 3, 1, 2).astype(np.float32))
     io.write_bytes(out / "latents.npy", buffer.getvalue())
     for number, image in enumerate(images):
         save_png(out / f"{number:05d}.png", to_picture(image))
+    prompts = [prompt for prompt in request.prompts for _ in range(request.num_images)]
+    lines = [
+        json.dumps({"file": f"{number:05d}.png", "prompt": prompt}, ensure_ascii=False)
+        for number, prompt in enumerate(prompts)
+    ]
+    io.write_text(out / "images.jsonl", "\n".join(lines) + "\n")
     columns = min(request.num_images, MAX_GRID_COLUMNS)
     grouped = images.reshape(len(request.prompts), request.num_images, *images.shape[1:])
     save_png(out / "grid.png", image_grid(grouped[:, :columns], request.prompts))

@@ -18,12 +18,15 @@ from pec_jax.types import PyTree
 
 
 def unit(features: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """Features over their Euclidean norm, f / ||f||.
+    """Features over their Euclidean norm, f / ||f||, whatever their size.
 
     A zero vector stays zero, with a finite gradient.
     """
-    square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-    return features * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+    # The direction does not depend on this factor, which keeps squares from over- and underflow.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(features), axis=-1, keepdims=True))
+    scaled = features / jnp.where(largest > 0, largest, 1.0)
+    square = jnp.sum(jnp.square(scaled), axis=-1, keepdims=True)
+    return scaled * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,19 +9,24 @@ each image's own surprisal is its share of it, which is what a reward can pay.
 | `gaussian` | isotropic Gaussian of fixed bandwidth     | always defined; the paper's      |
 | `logdet`   | Gaussian of full covariance, plus a ridge | K > d; below, for comparisons    |
 | `knn`      | none (k nearest neighbours)               | K > k, small d                   |
+
+An image whose features are not finite is no sibling: its surprisal is nan, and those of the others
+are what they would be without it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma, gammaln
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from pec_jax.perception.encoder import unit
 from pec_jax.types import Scalar
 
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -51,10 +56,11 @@ def gaussian_surprisal(
 
     Source: arXiv 2605.12112, perceptual entropy.
     """
-    features = _checked(features)
+    features, known = _checked(features)
     variance = jnp.square(jnp.asarray(bandwidth, jnp.float32))
-    distance = jnp.mean(jnp.square(_centred(features)), axis=-1)
-    return distance / (2.0 * variance) + 0.5 * (_LOG_2PI + jnp.log(variance))
+    distance = jnp.mean(jnp.square(_centred(features, known)), axis=-1)
+    surprisal = distance / (2.0 * variance) + 0.5 * (_LOG_2PI + jnp.log(variance))
+    return jnp.where(known, surprisal, jnp.nan)
 
 
 def logdet_surprisal(
@@ -86,16 +92,18 @@ def logdet_surprisal(
     """
     if isinstance(eps, int | float) and not eps > 0:
         raise ValueError(f"eps is {eps}: the log-determinant of a group needs a positive ridge.")
-    features = _checked(features)
+    features, known = _checked(features)
     num_images, dim = features.shape[-2:]
-    centred = _centred(features)
-    total_variance = jnp.sum(jnp.square(centred), axis=(-2, -1)) / num_images
+    centred, count = _centred(features, known), _count(known)
+    total_variance = jnp.sum(jnp.square(centred), axis=(-2, -1)) / count
     ridge = jnp.maximum(eps, 1e-6 * jax.lax.stop_gradient(total_variance))  # [...]
+    group = _Group(centred, known, count, ridge)
     solve = _from_gram if num_images <= dim else _from_covariance
-    log_det, log_rest = solve(centred, ridge, total_variance)
+    log_det, log_rest = solve(group, total_variance)
     entropy = 0.5 * (_LOG_2PI + 1.0) + log_det / (2.0 * dim)
-    credit = -(num_images - 1) / (2.0 * dim) * log_rest
-    return entropy[..., None] + _centred(credit, axis=-1)
+    credit = -(count[..., None] - 1) / (2.0 * dim) * jnp.where(known, log_rest, 0.0)
+    credit = _centred(credit[..., None], known)[..., 0]
+    return jnp.where(known, entropy[..., None] + credit, jnp.nan)
 
 
 def knn_surprisal(
@@ -119,7 +127,7 @@ def knn_surprisal(
 
     Source: Kozachenko and Leonenko 1987; Kraskov et al. 2004 (cond-mat/0305641), eq. 20.
     """
-    features = _checked(features)
+    features, known = _checked(features)
     num_images, dim = features.shape[-2:]
     if not 1 <= k < num_images:
         raise ValueError(
@@ -129,11 +137,14 @@ def knn_surprisal(
     # Differences and not a Gram matrix, which would lose small distances to cancellation.
     difference = features[..., :, None, :] - features[..., None, :, :]
     squared = jnp.sum(jnp.square(difference), axis=-1)  # [..., K, K]
-    squared = jnp.where(jnp.eye(num_images, dtype=bool), jnp.inf, squared)
+    no_neighbour = jnp.eye(num_images, dtype=bool) | ~known[..., None, :]
+    squared = jnp.where(no_neighbour, jnp.inf, squared)
     rho_squared = jnp.sort(squared, axis=-1)[..., k - 1]
     log_rho = 0.5 * jnp.log(jnp.maximum(rho_squared, min_distance**2))
     log_volume = 0.5 * dim * math.log(math.pi) - gammaln(0.5 * dim + 1.0)
-    return log_rho + (digamma(float(num_images)) - digamma(float(k)) + log_volume) / dim
+    log_count = digamma(_count(known))[..., None]
+    surprisal = log_rho + (log_count - digamma(float(k)) + log_volume) / dim
+    return jnp.where(known & jnp.isfinite(rho_squared), surprisal, jnp.nan)
 
 
 ESTIMATORS: dict[str, Callable[..., Array]] = {
@@ -165,7 +176,9 @@ def perceptual_variance(features: Float[ArrayLike, "*p k d"]) -> Float[Array, "*
     Returns:
         [...] float32; for unit features between 0 and 1.
     """
-    return jnp.mean(jnp.sum(jnp.square(_centred(_checked(features))), axis=-1), axis=-1)
+    features, known = _checked(features)
+    squared = jnp.sum(jnp.square(_centred(features, known)), axis=-1)
+    return jnp.sum(squared, axis=-1) / _count(known)
 
 
 def scale_features(features: Float[ArrayLike, "*n d"], scale: str) -> Float[Array, "*n d"]:
@@ -186,10 +199,8 @@ def scale_features(features: Float[ArrayLike, "*n d"], scale: str) -> Float[Arra
     """
     if scale not in SCALES:
         raise ValueError(f"Unknown feature scale {scale!r}; choose one of {', '.join(SCALES)}.")
-    features = jnp.asarray(features, jnp.float32)
-    squared_norm = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-    radius = 1.0 if scale == "unit" else math.sqrt(features.shape[-1])
-    return radius * features * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+    features = unit(jnp.asarray(features, jnp.float32))
+    return features if scale == "unit" else math.sqrt(features.shape[-1]) * features
 
 
 def schedule_bandwidth(stds: Float[ArrayLike, " s"]) -> Float[Array, ""]:
@@ -206,36 +217,50 @@ def schedule_bandwidth(stds: Float[ArrayLike, " s"]) -> Float[Array, ""]:
     return jnp.sqrt(jnp.mean(jnp.square(jnp.asarray(stds, jnp.float32))))
 
 
-def _from_gram(centred: Array, ridge: Array, total_variance: Array) -> tuple[Array, Array]:
-    """log det(Sigma + ridge I) [...] and log(1 - K/(K-1) l_k) [..., K] from the K x K matrix.
+class _Group(NamedTuple):
+    """A group of images as its Gaussian sees it."""
 
-    Centring makes the vector of ones a null direction of G = F F^T / K, which would drown the
-    credit: [(G + ridge I)^-1]_kk holds 1/(K ridge) of it, in all images alike. Lifting that
+    centred: Array  # [..., K, d]; 0 where an image is not known
+    known: Array  # [..., K] bool
+    count: Array  # [...] fp32, of the known
+    ridge: Array  # [...]
+
+
+def _from_gram(group: _Group, total_variance: Array) -> tuple[Array, Array]:
+    """log det(Sigma + ridge I) [...] and log(1 - n/(n-1) l_k) [..., K] from the K x K matrix.
+
+    Centring makes the vector of ones a null direction of G = F F^T / n, which would drown the
+    credit: [(G + ridge I)^-1]_kk holds 1/(n ridge) of it, in all images alike. Lifting that
     direction to tau and taking it out again leaves the others alone.
     """
+    centred, known, count, ridge = group
     num_images, dim = centred.shape[-2:]
-    gram = jnp.einsum("...id,...jd->...ij", centred, centred, precision=_EXACT) / num_images
+    gram = jnp.einsum("...id,...jd->...ij", centred, centred, precision=_EXACT)
+    gram = gram / count[..., None, None]
     tau = jax.lax.stop_gradient(total_variance)
-    lifted = gram + tau[..., None, None] / num_images + _diagonal(ridge, num_images)
+    ones = (known[..., :, None] & known[..., None, :]).astype(jnp.float32)
+    lifted = gram + (tau / count)[..., None, None] * ones + _diagonal(ridge, num_images)
     log_det, half_inverse = _half_solve(lifted, jnp.broadcast_to(jnp.eye(num_images), gram.shape))
     log_det += (dim - num_images) * jnp.log(ridge) - jnp.log1p(tau / ridge)
     inverse_diagonal = jnp.sum(jnp.square(half_inverse), axis=-2)
-    rest = inverse_diagonal - 1.0 / (num_images * (ridge + tau))[..., None]
-    scale = ridge * num_images / (num_images - 1)
+    rest = inverse_diagonal - 1.0 / (count * (ridge + tau))[..., None]
+    scale = ridge * count / (count - 1)
     return log_det, jnp.log(rest) + jnp.log(scale)[..., None]
 
 
-def _from_covariance(centred: Array, ridge: Array, total_variance: Array) -> tuple[Array, Array]:
+def _from_covariance(group: _Group, total_variance: Array) -> tuple[Array, Array]:
     """The same two from the d x d matrix, the smaller one where K > d."""
     del total_variance
-    num_images, dim = centred.shape[-2:]
-    covariance = jnp.einsum("...ki,...kj->...ij", centred, centred, precision=_EXACT) / num_images
+    centred, _, count, ridge = group
+    dim = centred.shape[-1]
+    covariance = jnp.einsum("...ki,...kj->...ij", centred, centred, precision=_EXACT)
+    covariance = covariance / count[..., None, None]
     log_det, half_solved = _half_solve(
         covariance + _diagonal(ridge, dim), jnp.swapaxes(centred, -1, -2)
     )
-    leverage = jnp.sum(jnp.square(half_solved), axis=-2) / num_images
+    leverage = jnp.sum(jnp.square(half_solved), axis=-2) / count[..., None]
     # Positive in exact arithmetic; a lone outlier far away brings it below rounding.
-    rest = jnp.maximum(1.0 - num_images / (num_images - 1) * leverage, 1e-6)
+    rest = jnp.maximum(1.0 - (count / (count - 1))[..., None] * leverage, 1e-6)
     return log_det, jnp.log(rest)
 
 
@@ -266,15 +291,23 @@ def _diagonal(value: Array, size: int) -> Array:
     return value[..., None, None] * jnp.eye(size)
 
 
-def _centred(x: Array, axis: int = -2) -> Array:
-    return x - jnp.mean(x, axis=axis, keepdims=True)
+def _count(known: Bool[Array, "*p k"]) -> Float[Array, "*p"]:
+    return jnp.sum(known, axis=-1, dtype=jnp.float32)
 
 
-def _checked(features: ArrayLike) -> Array:
+def _centred(x: Float[Array, "*p k d"], known: Bool[Array, "*p k"]) -> Float[Array, "*p k d"]:
+    """x minus the mean of what is known, and 0 where nothing is; x is 0 there."""
+    mean = jnp.sum(x, axis=-2, keepdims=True) / jnp.maximum(_count(known), 1.0)[..., None, None]
+    return jnp.where(known[..., None], x - mean, 0.0)
+
+
+def _checked(features: ArrayLike) -> tuple[Float[Array, "*p k d"], Bool[Array, "*p k"]]:
+    """float32 features, 0 where an image's are not finite; and where they are."""
     features = jnp.asarray(features, jnp.float32)
     if features.ndim < 2 or features.shape[-2] < 2:
         raise ValueError(
             f"Features of shape {features.shape} hold no group of at least 2 images [..., K, d]: "
             "raise the number of images per prompt."
         )
-    return features
+    known = jnp.all(jnp.isfinite(features), axis=-1)
+    return jnp.where(known[..., None], features, 0.0), known

@@ -93,6 +93,12 @@ class RewardOptions:
 
     weight: float = field("Its factor in the sum that is trained on; 0 is off.", 0.0)
     evaluate: bool = field("Measure it in the evaluation although its weight is 0.", False)
+    max_failures: float = field(
+        "Share of an iteration's images that may go unjudged before a run stops.",
+        0.25,
+        low=0.0,
+        high=1.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

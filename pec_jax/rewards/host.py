@@ -51,8 +51,9 @@ def host_reward(name: str, function: HostFunction) -> Reward:
 
     Args:
         name: under which the reward is logged.
-        function: (images [N, H, W, 3] uint8, list of N prompts) -> [N] numbers; called once for
-            every batch of groups, and expected to give the same answer to the same question.
+        function: (images [N, H, W, 3] uint8, list of N prompts) -> [N] numbers, nan for an image
+            that could not be judged; called once for every batch of groups, and expected to give
+            the same answer to the same question.
 
     Returns:
         A Reward whose `score` may be jitted. If the function raises, or returns something that is
@@ -80,7 +81,10 @@ def host_reward(name: str, function: HostFunction) -> Reward:
 
     def score(variables: PyTree, images: Array, rows: Array) -> Array:
         levels = jnp.round(to_uint8_levels(images) * 255.0).astype(jnp.uint8)
-        return on_shards(ask, ("batch",), levels, rows)
+        scores = on_shards(ask, ("batch",), levels, rows)
+        # As 8-bit numbers, what is not finite would be black.
+        whole = jnp.all(jnp.isfinite(images), axis=(-3, -2, -1))
+        return jnp.where(whole, scores, jnp.nan)
 
     return Reward(name, score, prepare=lambda variables, prompts: encode_prompts(prompts))
 
@@ -93,7 +97,7 @@ def _check_threads(name: str, size: int) -> None:
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size // jax.process_count()
-    if jax.default_backend() != "cpu" or devices == 1 or size <= COPIED_INLINE:
+    if jax.default_backend() != "cpu" or size <= COPIED_INLINE:
         return
     # As the client sizes its pool.
     reserved = int(os.environ.get("NPROC") or 0)
@@ -102,7 +106,7 @@ def _check_threads(name: str, size: int) -> None:
     threads = max(max(4, reserved) if reserved > 0 else cores, jax.local_device_count())
     if threads <= devices:
         raise ConfigError(
-            f"The reward {name!r} runs on the host, and {devices} CPU devices of one process would "
-            f"occupy all {threads} threads that hand it images: use fewer devices (config.mesh), "
-            f"or set the environment variable NPROC={devices + 1}."
+            f"The reward {name!r} runs on the host, and {devices} CPU device(s) of one process "
+            f"would occupy all {threads} thread(s) that hand it images: set the environment "
+            f"variable NPROC={devices + 1}, or use fewer devices (config.mesh)."
         )

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from pec_jax.config import ConfigError
 from pec_jax.config.registry import CONSTRAINTS
+from pec_jax.rl.advantages import known_mean
 from pec_jax.rl.constraint import Constraint, State
 from pec_jax.rl.signals import PerSample, Signals
 
@@ -122,7 +123,8 @@ class Constraints:
 
     def next_states(self, states: States, surprisal: PerSample) -> States:
         """What the run remembers after a rollout of these surprisals."""
-        mean = jnp.mean(surprisal)
+        known = jnp.isfinite(surprisal)
+        mean = jnp.where(jnp.any(known), known_mean(surprisal), jnp.nan)
         return {
             c.name: c.update_state(options, states[c.name], mean)
             if c.update_state
@@ -139,7 +141,7 @@ class Constraints:
         }
         shaped_std = _group_std(self.shaped_rewards(states, signals))
         for name, bonus in self._bonuses(states, signals).items():
-            found[f"constraint/{name}/bonus_mean"] = jnp.mean(bonus)
+            found[f"constraint/{name}/bonus_mean"] = known_mean(bonus)
             found[f"constraint/{name}/share"] = _group_std(bonus) / jnp.maximum(shaped_std, 1e-12)
         for name, marked in selected.items():
             found[f"constraint/{name}/selected"] = jnp.mean(marked.astype(jnp.float32))
@@ -150,5 +152,6 @@ class Constraints:
 
 
 def _group_std(x: Array) -> Array:
-    """Population std within a group, mean over groups."""
-    return jnp.mean(jnp.std(jax.lax.stop_gradient(x), axis=-1))
+    """Population std within a group of what is finite, mean over groups."""
+    x = jax.lax.stop_gradient(x)
+    return jnp.mean(jnp.sqrt(known_mean(jnp.square(x - known_mean(x, -1)), -1)))

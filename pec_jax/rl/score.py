@@ -13,6 +13,7 @@ from pec_jax.distributed.mesh import over_batch
 from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.perception.preprocessing import to_uint8_levels
 from pec_jax.rewards.combined import CombinedReward
+from pec_jax.rl.advantages import known_mean
 from pec_jax.rl.rollout import map_images
 from pec_jax.types import Batch, Frozen, PyTree, Rollout, Trajectory
 
@@ -88,20 +89,27 @@ def score(
     scored = map_images(score_images, x_0, scorer.images)
     surprisal = scorer.surprisal(scored["features"])
     rewards = scored["total"]
+    within = known_mean(jnp.square(rewards - known_mean(rewards, 1)), 1)  # variance [P, 1]
     metrics = {
-        "reward/mean": jnp.mean(rewards),
-        "reward/std": jnp.mean(jnp.std(rewards, axis=1)),
-        **{f"reward/{name}": jnp.mean(part) for name, part in scored["parts"].items()},
-        "entropy/perceptual": jnp.mean(surprisal),
-        "diversity/variance_reward": jnp.mean(jnp.var(rewards, axis=1)),
+        "reward/mean": known_mean(rewards),
+        "reward/std": jnp.mean(jnp.sqrt(within)),
+        **{f"reward/{name}": known_mean(part) for name, part in scored["parts"].items()},
+        **{f"failures/{name}": failures(part) for name, part in scored["parts"].items()},
+        "entropy/perceptual": known_mean(surprisal),
+        "diversity/variance_reward": jnp.mean(within),
         "diversity/variance_perceptual": _unit_variance(scorer, scored["features"]),
         "diversity/variance_latent": jnp.mean(perceptual_variance(x_0.reshape(*x_0.shape[:2], -1))),
         "diversity/variance_pixel": _pixel_variance(scored["levels"]),
     }
     if scorer.at_steps is not None:
         surprisal = step_surprisal(scorer, frozen, trajectory, group_size)
-        metrics["entropy/perceptual_steps"] = jnp.mean(surprisal)
+        metrics["entropy/perceptual_steps"] = known_mean(surprisal)
     return Rollout(trajectory=trajectory, rewards=rewards, surprisal=surprisal), metrics
+
+
+def failures(scores: Float[Array, "p k"]) -> Float[Array, ""]:
+    """The share of the images that a reward could not judge."""
+    return jnp.mean(~jnp.isfinite(scores), dtype=jnp.float32)
 
 
 def decode(

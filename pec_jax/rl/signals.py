@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pec_jax.rl.advantages import known_mean
+
 PERCEPTUAL, LATENT = "perceptual", "latent"
 RAW, REWARD_STD = "raw", "reward_std"
 
@@ -31,7 +33,8 @@ class Signals(NamedTuple):
 
     Whole-batch hooks see [P, K], or [S, P, K] with an axis of steps in front; the hooks of a loss
     see one step of some images of every group, [P, k]. What they need of the whole groups is in
-    `groups`. An objective says which of the fields marked * it can fill.
+    `groups`. An objective says which of the fields marked * it can fill. Rewards and surprisals
+    are not finite where an image could not be judged.
     """
 
     rewards: PerSample
@@ -42,8 +45,9 @@ class Signals(NamedTuple):
     ratio: PerSample | None = None  # * w = p_theta / p_old, gradient stopped; None means 1
     advantages: PerSample = _LATER
     kl: PerSample = _LATER  # * divergence from the reference, carries the gradient
-    dt: Float[Array, ""] = _LATER  # * sigma_next - sigma of the step
+    dt: Float[Array, ""] = _LATER  # * what the step's variance has as a factor, see `time_factor`
     entropy: Float[Array, ""] = _LATER  # * analytic entropy of the step, with gradient
+    weight: PerSample | None = None  # in means over samples, 1 on average; None is 1
 
 
 def importance(signals: Signals) -> Array:
@@ -54,6 +58,11 @@ def importance(signals: Signals) -> Array:
 def live_ratio(signals: Signals) -> PerSample:
     """w with its gradient."""
     return jnp.exp(signals.logp - jax.lax.stop_gradient(signals.logp_old))
+
+
+def sample_mean(signals: Signals, x: PerSample) -> Float[Array, ""]:
+    """The mean over samples, as a loss takes it: some may be left out."""
+    return jnp.mean(x if signals.weight is None else x * signals.weight)
 
 
 def surprisal_in(signals: Signals, space: str) -> PerSample:
@@ -70,13 +79,14 @@ def mean_surprisal_in(signals: Signals, space: str) -> Array:
 
 
 def whole_groups(rewards: PerSample, surprisal: PerSample, logp: PerSample | None) -> Groups:
-    """The statistics of whole groups; rewards [P, K], the others [..., P, K]."""
+    """The statistics of whole groups, of what is finite; rewards [P, K], the others [..., P, K]."""
 
     def mean(x: Array) -> Array:
-        return jnp.mean(jax.lax.stop_gradient(x), axis=-1, keepdims=True)
+        return known_mean(jax.lax.stop_gradient(x), -1)
 
+    rewards = jax.lax.stop_gradient(rewards)
     return Groups(
-        reward_std=jnp.std(jax.lax.stop_gradient(rewards), axis=-1, keepdims=True),
+        reward_std=jnp.sqrt(mean(jnp.square(rewards - mean(rewards)))),
         surprisal_mean=mean(surprisal),
         logp_mean=_LATER if logp is None else mean(logp),
     )
@@ -94,11 +104,12 @@ def covariances(signals: Signals, space: str) -> PerSample:
     """c_i = (A_i - mean A) (l_i - mean l), means over the whole batch and all trained steps.
 
     l is the log-density in the space, log p_theta or log p_perc. Their mean over i is the
-    covariance that, by the source, drives the entropy down. Without gradient.
+    covariance that, by the source, drives the entropy down. Without gradient; not finite where l is
+    not.
 
     Source: Cui et al. 2025, The Entropy Mechanism of RL (arXiv 2505.22617), eq. 9.
     """
     advantages = jax.lax.stop_gradient(signals.advantages)
     log_density = -surprisal_in(signals, space)
     advantages, log_density = jnp.broadcast_arrays(advantages, log_density)
-    return (advantages - jnp.mean(advantages)) * (log_density - jnp.mean(log_density))
+    return (advantages - jnp.mean(advantages)) * (log_density - known_mean(log_density))

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array
 
 from pec_jax.flow.transition import policy_entropy
+from pec_jax.rl.advantages import known_mean
 from pec_jax.rl.composition import Constraints
 from pec_jax.rl.objective import Objective
 from pec_jax.rl.rollout import Drawing, rollout
@@ -74,7 +75,7 @@ def base_entropy(
 ) -> Array:
     """H_perc [] of one batch of prompts under the policy, as a constraint measures it."""
     found, _ = experienced(program, params, (frozen, batch), key)
-    return jnp.mean(found.surprisal)
+    return known_mean(found.surprisal)
 
 
 def initial_state(

@@ -20,10 +20,11 @@ from pec_jax.config.schema import UpdatesConfig
 from pec_jax.data.stream import repeat_groups
 from pec_jax.distributed.mesh import over_batch
 from pec_jax.rl.advantages import GroupStatistics, advantages, group_statistics, probabilities
+from pec_jax.rl.average import Average
 from pec_jax.rl.composition import Constraints, States
 from pec_jax.rl.objective import Micro, Objective, Samples
 from pec_jax.rl.policy import Actor, Policy
-from pec_jax.rl.signals import Groups, Signals, whole_groups
+from pec_jax.rl.signals import Groups, Signals, sample_mean, whole_groups
 from pec_jax.types import Batch, Frozen, PyTree, Rollout, TrainState
 
 
@@ -38,7 +39,7 @@ class Learner:
         optimizer: how parameters move.
         config: mini-batches, epochs, advantages.
         update_images: of every group, in one forward and backward pass; 0 is a whole mini-batch.
-        ema_decay: of the averaged parameters, per update.
+        average: of the parameters.
     """
 
     policy: Policy
@@ -47,7 +48,7 @@ class Learner:
     optimizer: optax.GradientTransformation
     config: UpdatesConfig
     update_images: int
-    ema_decay: float
+    average: Average
 
 
 @struct.dataclass
@@ -76,6 +77,7 @@ class _Part:
     taken: PyTree  # [U, S, C, P, k, ...]
     rewards: Array  # [U, S, C, P, k]
     surprisal: Array  # [U, S, C, P, k]
+    kept: Array  # [U, S, C, P, k] fp32, 0 where a sample leaves the means
     selected: dict[str, Array]  # [U, S, C, P, k] bool
     images: PyTree  # [U, C, P, k, ...]
 
@@ -112,16 +114,18 @@ def update(
     """
     config, constraints = learner.config, learner.constraints
     scene = _Scene(learner, *inputs, state)
+    rollout = _finite_paths(rollout)
     samples = learner.objective.samples(learner.policy, rollout, key)
     whole = _whole_batch(scene, samples, rollout, key)
     steps, parts = _step_inputs(samples, whole), _split(learner, samples, whole)
     old = _old_policy(scene, steps, parts)
 
+    num_updates = config.minibatches * config.epochs
+
     def one_update(state, index):
         part, of_old = jax.tree.map(lambda a: a[index % config.minibatches], (parts, old))
-        return _one_update(scene, state, (steps, part, of_old), index == 0)
+        return _one_update(scene, state, (steps, part, of_old), index)
 
-    num_updates = config.minibatches * config.epochs
     state, aux = jax.lax.scan(one_update, state, jnp.arange(num_updates))
     states = constraints.next_states(state.constraints, rollout.surprisal)
     probs = probabilities(whole.advantages)
@@ -188,10 +192,12 @@ def _split(learner: Learner, samples: Samples, whole: _Whole) -> _Part:
     def of_images(a):  # [P * K, ...] -> [U, C, P, k, ...]
         return taken(a[None])[:, 0]
 
+    kept = jnp.any(whole.advantages.reshape(-1, num_groups, size) != 0, axis=0)
     return _Part(
         taken=jax.tree.map(taken, samples.taken),
         rewards=shared(whole.signals.rewards),
         surprisal=shared(whole.signals.surprisal),
+        kept=shared(kept.astype(jnp.float32)),
         selected={name: split(marked) for name, marked in whole.selected.items()},
         images=jax.tree.map(of_images, samples.images),
     )
@@ -203,7 +209,7 @@ def _pairs(steps: _Step, part: _Part, old: PyTree) -> tuple[PyTree, PyTree]:
     repeated = jax.tree.map(lambda a: jnp.repeat(a, pieces, axis=0), steps)
     joined = jax.tree.map(
         lambda a: a.reshape(-1, *a.shape[2:]),
-        (part.taken, part.rewards, part.surprisal, part.selected, old),
+        (part.taken, part.rewards, part.surprisal, part.kept, part.selected, old),
     )
     return (repeated, joined), jnp.tile(jnp.arange(pieces), num_steps)
 
@@ -252,11 +258,25 @@ def _old_policy(scene: _Scene, steps: _Step, parts: _Part) -> PyTree:
     return jax.tree.map(lambda z, a: z.at[first:].set(a), zeros, of_parts(later))
 
 
+def _finite_paths(rollout: Rollout) -> Rollout:
+    """Paths without what is not finite: those images have no reward, hence no advantage, and must
+    not spoil the sums that they add 0 to.
+    """
+    path = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), rollout.trajectory)
+    return dataclasses.replace(rollout, trajectory=path)
+
+
 def _one_update(
-    scene: _Scene, state: TrainState, pieces: tuple[_Step, _Part, PyTree], first: Array
+    scene: _Scene, state: TrainState, pieces: tuple[_Step, _Part, PyTree], index: Array
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Gradients summed over the micro-batches [S, C] of one mini-batch, and one optimizer step."""
+    """Gradients summed over the micro-batches [S, C] of one mini-batch, and one optimizer step.
+
+    `index` counts the rollout's updates from 0.
+    """
     steps, part, old = pieces
+    config = scene.learner.config
+    if config.drop_zero_advantages:
+        part = part.replace(kept=part.kept / jnp.maximum(jnp.mean(part.kept), 1e-12))
     pairs = _pairs(steps, part, old)
     count = part.rewards.shape[0] * part.rewards.shape[1]
     grad_fn = jax.grad(_loss, has_aux=True)
@@ -264,7 +284,7 @@ def _one_update(
     def accumulate(total, pair):
         (step, joined), piece = pair
         images = jax.tree.map(lambda a: a[piece], part.images)
-        grads, aux = grad_fn(state.params, scene, step, (*joined, images), first)
+        grads, aux = grad_fn(state.params, scene, step, (*joined, images), index == 0)
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / count, total, grads), aux
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -276,7 +296,8 @@ def _one_update(
     }
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(aux["policy/loss"])
-    state = _apply(scene.learner, state, grads, finite)
+    updates = state.step * config.minibatches * config.epochs + index + 1
+    state = _apply(scene.learner, state, (grads, finite), updates)
     return state, {**aux, "policy/grad_norm": norm, "policy/skipped": state.skipped > 0}
 
 
@@ -284,14 +305,15 @@ def _loss(
     params: PyTree, scene: _Scene, step: _Step, piece: tuple, first: Array
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of one micro-batch, and what to log of it."""
-    taken, rewards, surprisal, selected, old, images = piece
+    taken, rewards, surprisal, kept, selected, old, images = piece
     learner, states = scene.learner, scene.state.constraints
     objective, constraints = learner.objective, learner.constraints
     micro = _micro(step, taken, images, rewards, (old, first))
     known, view, metrics = objective.evaluate(
         scene.actor(rewards.shape[1]), params, micro, scene.state.objective, constraints.needs
     )
-    signals = Signals(rewards, surprisal, step.groups, **known)
+    weight = kept if learner.config.drop_zero_advantages else None
+    signals = Signals(rewards, surprisal, step.groups, weight=weight, **known)
     shaped = constraints.shaped_rewards(states, signals)
     worth = advantages(shaped, step.statistics, clip=learner.config.advantage_clip)
     signals = signals._replace(advantages=worth)
@@ -317,18 +339,28 @@ def constrained_loss(
     losses, metrics = objective.losses(view, signals, constraints.clip_bounds)
     losses = constraints.sample_losses(states, signals, losses, selected)
     extra = constraints.extra_losses(states, signals)
-    loss = sum(extra.values(), jnp.mean(losses))
+    loss = sum(extra.values(), sample_mean(signals, losses))
     return loss, {
         **{f"policy/{name}": value for name, value in {**metrics, "loss": loss}.items()},
         **{f"constraint/{k}/loss": jax.lax.stop_gradient(value) for k, value in extra.items()},
     }
 
 
-def _apply(learner: Learner, state: TrainState, grads: PyTree, finite: Array) -> TrainState:
-    """One optimizer step and its EMA; where a number is not finite, the old state, counted."""
-    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params, state.ema, 1 - learner.ema_decay)
+def _apply(
+    learner: Learner, state: TrainState, step: tuple[PyTree, Array], updates: Array
+) -> TrainState:
+    """One optimizer step and its average; where a number is not finite, the old state, counted.
+
+    Args:
+        learner: static.
+        state: before the step.
+        step: the gradients, and whether they are finite.
+        updates: all so far, this one included.
+    """
+    grads, finite = step
+    changes, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+    ema = learner.average.moved(state.ema, params, updates)
 
     def keep_old(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -31,6 +31,7 @@ from pec_jax.models import lora
 from pec_jax.perception.networks import Networks
 from pec_jax.perception.spaces import shares, surprisal_function
 from pec_jax.rewards.combined import CombinedReward, make_rewards
+from pec_jax.rl.average import Average
 from pec_jax.rl.composition import Constraints
 from pec_jax.rl.objective import Objective
 from pec_jax.rl.policy import Policy
@@ -40,7 +41,7 @@ from pec_jax.rl.train_step import Program
 from pec_jax.rl.update import Learner
 from pec_jax.types import Conditioning, Frozen, PyTree
 from pec_jax.weights.convert import logical_axes
-from pec_jax.weights.hub import model_directory
+from pec_jax.weights.hub import model_path
 
 # What the run's key is folded with for each use, so that no two share random numbers.
 _LORA_STREAM, TRAIN_STREAM, EVAL_STREAM, BASE_STREAM = range(4)
@@ -100,7 +101,7 @@ def build(config: Config, place: Placement | None = None) -> Experiment:
     pipeline = load_model(config, root, place)
     networks = Networks(
         own=root / "encoders",
-        locate=model_directory,
+        locate=model_path,
         dtype=jnp.dtype(config.model.encoder_dtype),
         rounding=config.model.encoder_resize,
         place=place,
@@ -230,7 +231,7 @@ def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
         optimizer=make_optimizer(config),
         config=config.updates,
         update_images=batch.update_images,
-        ema_decay=config.optimizer.ema_decay,
+        average=Average.from_config(config.optimizer),
     )
     drawing = Drawing(
         policy, batch.group_size, batch.rollout_images, objective.needs_paths, at_steps is not None
@@ -250,6 +251,8 @@ def make_policy(config: Config, pipeline: Pipeline) -> Policy:
         noise_level=sampler.noise_level,
         stochastic=stochastic if sampler.kernel != "ode" else (),
         storage_dtype=jnp.dtype(sampler.storage_dtype),
+        noise_everywhere=sampler.noise == "all",
+        log_density=sampler.log_density,
     )
     return Policy(pipeline.guide, sampler.guidance, config.trainable, flow, shape)
 

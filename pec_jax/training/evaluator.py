@@ -3,17 +3,16 @@
 | name | definition |
 |---|---|
 | `quality/<reward>` | mean of the reward over all images, or of what it measures instead |
-| `diversity/<encoder>` | mean pairwise Euclidean distance of a prompt's raw features |
-| `diversity/vendi_<encoder>` | Vendi score of a prompt's images, cosine kernel |
-| `diversity/variance_<encoder>` | mean squared distance of unit features to their group's mean |
+| `failures/<reward>` | share of the images that it could not judge, where there are any |
+| `diversity/<encoder>`, `diversity/vendi_<encoder>`, ... | see `evaluation.summary` |
 | `diversity/<reward>` | by the reward; `attributes`: entropy of what a prompt leaves open |
 | `entropy/<estimator>_<encoder>` | perceptual entropy, nats per dimension, of the images |
 | `entropy/output` | entropy of the latents given the prompt, nats per dimension, along the ODE |
 | `entropy/output_error` | its standard error over prompts |
 | `distance/frechet_<encoder>` | Fréchet distance of all images' features from the base model's |
 
-The first five are means over prompts; `<name>/low` and `<name>/high` bound their 95% bootstrap
-interval over prompts.
+Those of quality and diversity are means over prompts; `<name>/low` and `<name>/high` bound their
+95% bootstrap interval over prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -33,10 +31,11 @@ from pec_jax.data.stream import repeat_groups
 from pec_jax.distributed import processes
 from pec_jax.distributed.mesh import over_batch, put_replicated
 from pec_jax.evaluation import metrics
+from pec_jax.evaluation.summary import summarise
 from pec_jax.flow.likelihood import mean_and_error, output_log_prob
 from pec_jax.flow.sampler import FlowSampler
-from pec_jax.perception.entropy import perceptual_variance, scale_features
 from pec_jax.perception.spaces import estimators
+from pec_jax.rl.advantages import known_mean
 from pec_jax.rl.policy import Policy
 from pec_jax.training.build import Experiment
 from pec_jax.types import Batch, Frozen, PyTree
@@ -150,7 +149,7 @@ def entropy_function(experiment: Experiment) -> Callable[[dict[str, Array]], dic
 
     def entropies(features: dict[str, Array]) -> dict[str, Array]:
         return {
-            f"entropy/{name}_{encoder}": jnp.mean(estimate(value))
+            f"entropy/{name}_{encoder}": known_mean(estimate(value))
             for name, estimate in known.items()
             for encoder, value in features.items()
         }
@@ -194,42 +193,3 @@ def measure_function(experiment: Experiment) -> Callable[..., dict[str, PyTree]]
         }
 
     return measure
-
-
-@jax.jit
-def _unit_variance(features: Array) -> Array:
-    return perceptual_variance(scale_features(features, "unit"))
-
-
-def summarise(
-    scores: dict[str, np.ndarray],
-    features: dict[str, np.ndarray],
-    diversities: dict[str, np.ndarray],
-) -> dict[str, float]:
-    """Numbers and intervals.
-
-    Args:
-        scores: reward to [P, N].
-        features: encoder to raw features [P, N, d].
-        diversities: reward to [P]; nan for a prompt of which it can say nothing.
-    """
-    per_prompt = {f"quality/{name}": value.mean(axis=1) for name, value in scores.items()}
-    for name, value in diversities.items():
-        if np.isfinite(value).any():
-            per_prompt[f"diversity/{name}"] = value[np.isfinite(value)]
-    for name, value in features.items():
-        per_prompt[f"diversity/{name}"] = metrics.mean_pairwise_distance(value)
-        per_prompt[f"diversity/vendi_{name}"] = metrics.vendi_score(value)
-        variance = _unit_variance(jax.device_put(value))
-        per_prompt[f"diversity/variance_{name}"] = jax.device_get(variance)
-    result: dict[str, float] = {}
-    for name, values in per_prompt.items():
-        interval = metrics.bootstrap_interval(values, seed=0)
-        result |= {
-            name: float(values.mean()),
-            f"{name}/low": float(interval.low),
-            f"{name}/high": float(interval.high),
-        }
-    first = next(iter(features.values()))
-    result["count/prompts"], result["count/images_per_prompt"] = first.shape[:2]
-    return result

@@ -308,6 +308,7 @@ class _Log:
         if step % self._config.schedule.log_every == 0 or step == self._config.num_iterations:
             self._writer.scalars(step, values)
         self._progress.update(step, values)
+        self._check_failures(step, values)
         self._count_skipped(step, values)
         self._warn_of_small_bonuses(values)
 
@@ -323,6 +324,27 @@ class _Log:
                     "bandwidth.",
                     name,
                     share,
+                )
+
+    def _check_failures(self, step: int, values: Mapping[str, float]) -> None:
+        """Says which images a reward could not judge, and stops where they are too many."""
+        for name, options in self._config.rewards.items():
+            share = values.get(f"failures/{name}", 0.0)
+            if share > options.max_failures:
+                raise RunError(
+                    f"The reward {name!r} could not judge {share:.0%} of the images of iteration "
+                    f"{step}, more than config.rewards.{name}.max_failures = "
+                    f"{options.max_failures:.0%}. The newest checkpoint is from before; if the "
+                    "images themselves are broken, lower config.optimizer.learning_rate, else look "
+                    "at what judges them, and run the same command again."
+                )
+            if share:
+                logging.warning(
+                    "Iteration %d: the reward %r could not judge %.1f%% of the images, which are "
+                    "left out.",
+                    step,
+                    name,
+                    100 * share,
                 )
 
     def _count_skipped(self, step: int, values: Mapping[str, float]) -> None:

@@ -51,6 +51,14 @@ def model_directory(name: str, variant: str = "") -> Path:
     return _fetch(match["repo"], match["revision"], variant)
 
 
+def model_path(name: str) -> Path:
+    """As `model_directory`, and a file of weights by its own path."""
+    path = io.path(name)
+    if path.is_file() and not io.is_remote(path):
+        return Path(path)
+    return model_directory(name)
+
+
 def local_directory(path: epath.Path, variant: str = "") -> Path:
     """A model directory on this machine: itself, or a copy of what a bucket holds of the model."""
     if not io.is_remote(path):

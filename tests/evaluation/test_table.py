@@ -134,9 +134,15 @@ def test_rows_measured_differently_are_refused():
 
 
 def test_columns_are_the_papers():
-    names = ["quality/x", "diversity/dino", "diversity/vendi_dino"]
+    names = ["quality/x", "diversity/pairwise_l2_dino", "diversity/vendi_dino"]
     assert all(map(table.is_column, names))
-    others = ["quality/x/low", "diversity/variance_dino", "diversity/pickscore", *COMPUTED, "seed"]
+    others = [
+        "quality/x/low",
+        "diversity/variance_dino",
+        "diversity/pairwise_l2_pickscore",
+        *COMPUTED,
+        "seed",
+    ]
     assert not any(map(table.is_column, others))
 
 

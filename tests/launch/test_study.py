@@ -207,7 +207,7 @@ def test_the_estimators_ranks(claims, tmp_path):
     for i in range(4):
         directory = tmp_path / str(i)
         directory.mkdir()
-        numbers = {"diversity/vendi_": i, "diversity/": -i}
+        numbers = {"diversity/vendi_": i, "diversity/pairwise_l2_": -i}
         numbers |= {"entropy/gaussian_": i, "entropy/logdet_": i**2, "entropy/knn_": -i}
         spaces = ("dino", "clip", "pickscore")
         values = {name + space: value for name, value in numbers.items() for space in spaces}

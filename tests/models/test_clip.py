@@ -202,6 +202,6 @@ def test_bf16_stays_near_fp32():
 def test_kernels_name_their_axes():
     module = clip.CLIPTextModel(clip.CLIPTextConfig.from_dict(TEXT))
     boxed = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 3), np.int32))
-    specs = nn.get_partition_spec(boxed)["params"]["text_model"]["encoder"]["layers.0:3"]
-    assert specs["self_attn"]["q_proj"]["kernel"] == PartitionSpec("layers", "embed", "heads")
-    assert specs["mlp"]["fc2"]["kernel"] == PartitionSpec("layers", "mlp", "embed")
+    specs = nn.get_partition_spec(boxed)["params"]["text_model"]["encoder.layers.0:3"]
+    assert specs["self_attn.q_proj"]["kernel"] == PartitionSpec("layers", "embed", "heads")
+    assert specs["mlp.fc2"]["kernel"] == PartitionSpec("layers", "mlp", "embed")

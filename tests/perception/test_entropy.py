@@ -314,3 +314,47 @@ def test_logdet_calls_no_lapack(size):
     """Batched calls of jaxlib's LAPACK can wait for one another for ever, see `_half_solve`."""
     lowered = _compiled("logdet").lower(_features(*size, groups=(3,)))
     assert "custom-call" not in lowered.compile().as_text()
+
+
+@pytest.mark.parametrize("name", entropy.ESTIMATORS)
+@pytest.mark.parametrize("dim", [3, 40])  # fewer and more dimensions than images
+def test_an_image_that_is_not_finite_is_no_sibling(name, dim):
+    """The others' surprisals are what they are without it."""
+    features = np.random.default_rng(0).normal(size=(2, 9, dim)).astype(np.float32)
+    broken = features.copy()
+    broken[0, 4, 1] = np.nan
+    broken[0, 6] = np.inf
+    options = {"gaussian": {"bandwidth": 0.5}, "logdet": {"eps": 1e-2}, "knn": {"k": 3}}[name]
+    found = np.asarray(entropy.ESTIMATORS[name](broken, **options))
+    assert np.isnan(found[0, [4, 6]]).all()
+    kept = np.delete(np.arange(9), [4, 6])
+    expected = entropy.ESTIMATORS[name](features[:1, kept], **options)
+    np.testing.assert_allclose(found[:1, kept], expected, rtol=2e-4, atol=2e-4)
+    whole = entropy.ESTIMATORS[name](features[1:], **options)
+    np.testing.assert_allclose(found[1:], whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        entropy.perceptual_variance(broken)[0],
+        entropy.perceptual_variance(features[:1, kept])[0],
+        rtol=1e-5,
+    )
+
+
+def test_too_few_neighbours_are_said_and_not_invented():
+    features = np.full((1, 5, 4), np.nan, np.float32)
+    features[0, :3] = np.eye(3, 4)
+    assert np.isnan(np.asarray(entropy.ESTIMATORS["knn"](features, k=3))).all()
+    assert np.isfinite(np.asarray(entropy.ESTIMATORS["knn"](features, k=2)))[0, :3].all()
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-13, 1e-30])
+def test_features_of_any_size_are_brought_to_norm_one(size):
+    direction = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    scaled = entropy.scale_features((direction * np.float32(size)).astype(np.float32), "unit")
+    np.testing.assert_allclose(scaled, entropy.scale_features(direction, "unit"), rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(scaled, axis=-1), 1.0, rtol=1e-5)
+
+
+def test_a_zero_vector_stays_zero_with_a_finite_gradient():
+    gradient = jax.grad(lambda x: entropy.scale_features(x, "unit").sum())(jnp.zeros((2, 3)))
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(entropy.scale_features(np.zeros((2, 3)), "unit"), 0.0)

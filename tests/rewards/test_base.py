@@ -32,7 +32,7 @@ def make_red(options, networks):
 
 def test_a_section_of_a_config_has_the_definitions_options(registry, small_config):
     register("red", RedOptions)(make_red)
-    default = {"weight": 0.0, "evaluate": False, "gain": 1.0}
+    default = {"weight": 0.0, "evaluate": False, "max_failures": 0.25, "gain": 1.0}
     assert registry.default_sections()["red"] == default
     config = from_config_dict(small_config)  # from before it was known
     assert config.rewards["red"] == RedOptions()
@@ -58,7 +58,7 @@ def test_a_wrong_option_is_named(registry, small_config, section, message):
 
 def test_an_unknown_reward_is_answered_with_those_there_are(small_config):
     small_config.rewards = {"pickscor": {"weight": 1.0}}
-    message = r"config\.rewards: unknown reward 'pickscor'\. Did you mean 'pickscore'\? Valid: attr"
+    message = r"unknown reward 'pickscor'\. Did you mean 'pickscore'\? Valid: aesthetic_laion"
     with pytest.raises(ConfigError, match=message):
         from_config_dict(small_config)
 

@@ -133,5 +133,5 @@ def large_images():
 
 def test_a_mesh_of_cpu_devices_without_a_thread_to_spare_is_refused():
     refused, scores = on_eight_devices(large_images)
-    assert "'judge' runs on the host, and 8 CPU devices" in refused and "NPROC=9" in refused
+    assert "'judge' runs on the host, and 8 CPU device" in refused and "NPROC=9" in refused
     assert np.shape(scores) == (2, GROUPS, SIZE)

@@ -93,10 +93,10 @@ def test_the_first_ratio_is_exactly_one(dtype, minibatches, objective):
     assert int(state.step) == 1
 
 
-def reinforce_gradient(experiment, drawn):
+def reinforce_gradient(experiment, drawn, worth=None):
     """-mean(A grad log p) over all images and trained steps, written out plainly."""
     (state, (frozen, batch), found, _), policy = drawn, experiment.program.learner.policy
-    worth = group_advantages(found.rewards).reshape(-1)
+    worth = group_advantages(found.rewards).reshape(-1) if worth is None else worth
     size, path, sampler = found.rewards.shape[1], found.trajectory, policy.sampler
     actor = policy.before(
         frozen, jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), batch.conditioning)
@@ -231,15 +231,41 @@ def test_the_policy_entropy_does_not_depend_on_what_is_learned(experiment, drawn
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_reward_that_is_not_finite_changes_nothing_and_is_counted(experiment, drawn, poison):
+def test_an_image_without_a_reward_is_left_out(experiment, drawn, poison):
+    """The gradient is REINFORCE's with advantage 0 for it, the others' as if it were not there."""
     state, found = drawn[0], drawn[2]
-    bad = {"rewards": found.rewards.at[0, 1].set(poison)}
-    after, metrics = run_update(experiment.program, drawn, state, **bad)
+    rewards = found.rewards.at[0, 1].set(poison)
+    _, metrics = run_update(experiment.program, drawn, state, rewards=rewards)
+    assert float(metrics["policy/skipped"]) == 0.0
+    worth = np.zeros(rewards.shape, np.float32)
+    worth[0, np.arange(rewards.shape[1]) != 1] = group_advantages(np.delete(rewards[:1], 1, 1))[0]
+    worth[1:] = group_advantages(rewards[1:])
+    expected = reinforce_gradient(experiment, drawn, worth.reshape(-1))
+    norm = float(optax.global_norm(expected))
+    assert float(metrics["policy/grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_latents_that_are_not_finite_change_nothing_but_their_own_image(experiment, drawn):
+    state, found = drawn[0], drawn[2]
+    path = found.trajectory
+    broken = {name: getattr(path, name).at[:, 1].set(jnp.nan) for name in ("x_t", "x_next", "logp")}
+    broken = path.replace(**broken)
+    rewards = found.rewards.at[0, 1].set(jnp.nan)
+    one, metrics = run_update(experiment.program, drawn, state, rewards=rewards, trajectory=broken)
+    other, _ = run_update(experiment.program, drawn, state, rewards=rewards)
+    assert float(metrics["policy/skipped"]) == 0.0
+    assert_close(one.params, other.params)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(experiment, drawn):
+    state = drawn[0]
+    bad = state.replace(params=jax.tree.map(lambda a: a.at[0].set(jnp.nan), state.params))
+    after, metrics = run_update(experiment.program, drawn, bad)
     assert float(metrics["policy/skipped"]) == 1.0
     assert int(after.skipped) == 1
     for name in ("params", "ema", "opt_state"):
-        assert_equal(getattr(state, name), getattr(after, name))
-    good, metrics = run_update(experiment.program, drawn, after)
+        assert_equal(getattr(bad, name), getattr(after, name))
+    good, metrics = run_update(experiment.program, drawn, after.replace(params=state.params))
     assert float(metrics["policy/skipped"]) == 0.0 and int(good.skipped) == 0
 
 

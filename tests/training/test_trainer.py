@@ -121,7 +121,7 @@ def test_a_run_directory_holds_what_it_should(finished):
         assert np.asarray(sheet).std() > 1
     assert json.loads((directory / "eval.json").read_text()) == result
     assert result["iterations"] == 4 and result["seed"] == 0
-    for name in ("quality/pickscore", "diversity/dino", "diversity/vendi_clip"):
+    for name in ("quality/pickscore", "diversity/pairwise_l2_dino", "diversity/vendi_clip"):
         assert result[f"{name}/low"] <= result[name] <= result[f"{name}/high"]
         assert f"base/{name}" in result
     assert result["distance/frechet_dino"] > 0 and "base/distance/frechet_dino" not in result

@@ -36,7 +36,7 @@ def pick_from_band(options: ClipCovOptions, signals: Signals, key: Array) -> Boo
     Source: Cui et al. 2025 (arXiv 2505.22617), Clip-Cov.
     """
     values = covariances(signals, options.space)
-    low, high = jnp.quantile(values, jnp.asarray(options.band))
+    low, high = jnp.nanquantile(values, jnp.asarray(options.band))
     picked = jax.random.uniform(key, values.shape) < options.share
     return picked & (values >= low) & (values <= high)
 

@@ -15,6 +15,7 @@ from pec_jax.rl.signals import (
     Signals,
     live_ratio,
     mean_surprisal_in,
+    sample_mean,
     surprisal_in,
 )
 
@@ -56,7 +57,8 @@ def entropy_bonus(options: EntropyRegOptions, state: State, signals: Signals) ->
     if options.gradient == "exact":
         return -state["weight"] * signals.entropy
     centred = surprisal_in(signals, options.space) - mean_surprisal_in(signals, options.space)
-    return -state["weight"] * jnp.mean(live_ratio(signals) * centred)
+    centred = jnp.where(jnp.isfinite(centred), centred, 0.0)
+    return -state["weight"] * sample_mean(signals, live_ratio(signals) * centred)
 
 
 def _needs(options: EntropyRegOptions) -> set[str]:

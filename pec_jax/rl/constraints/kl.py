@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pec_jax.config.fields import field
 from pec_jax.rl.constraint import Constraint, State, register, weight_field
-from pec_jax.rl.signals import Signals
+from pec_jax.rl.signals import Signals, sample_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,11 @@ def reference_kl(options: KlOptions, state: State, signals: Signals) -> Float[Ar
     """beta mean KL(policy || reference).
 
     Source: Flow-GRPO (arXiv 2505.05470), eq. 5. Its code divides by 2 s^2 where the transition's
-    variance is s^2 |dt|: the form `flow_grpo` is the exact one times |dt|.
+    variance is s^2 |dt|: the form `flow_grpo` is the exact one times |dt|. Of `cps`, whose variance
+    has no such factor, both forms are the same.
     """
     kl = signals.kl if options.form == "exact" else signals.kl * jnp.abs(signals.dt)
-    return state["weight"] * jnp.mean(kl)
+    return state["weight"] * sample_mean(signals, kl)
 
 
 register(

@@ -29,7 +29,7 @@ def pick_top(options: KlCovOptions, signals: Signals, key: Array) -> Bool[Array,
     """
     values = covariances(signals, options.space)
     # Strictly: with a share of 0, or where all are equal, none is marked.
-    return values > jnp.quantile(values, 1.0 - options.share)
+    return values > jnp.nanquantile(values, 1.0 - options.share)
 
 
 def penalise_selected(

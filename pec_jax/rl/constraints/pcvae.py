@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pec_jax.config.fields import field
 from pec_jax.rl.constraint import Constraint, State, register, unit_field, weight_field
-from pec_jax.rl.signals import PerSample, Signals, importance, in_unit, live_ratio
+from pec_jax.rl.signals import PerSample, Signals, importance, in_unit, live_ratio, sample_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ def divergence_loss(options: PcvaeOptions, state: State, signals: Signals) -> Fl
     """
     if options.kl_as == "reward":
         return jnp.float32(0.0)
-    divergence = -jax.lax.stop_gradient(signals.surprisal) - signals.logp
-    return state["weight"] * jnp.mean(live_ratio(signals) * divergence)
+    surprisal = jax.lax.stop_gradient(signals.surprisal)
+    surprisal = jnp.where(jnp.isfinite(surprisal), surprisal, signals.groups.surprisal_mean)
+    divergence = -surprisal - signals.logp
+    return state["weight"] * sample_mean(signals, live_ratio(signals) * divergence)
 
 
 register(

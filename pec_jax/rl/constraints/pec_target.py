@@ -36,7 +36,7 @@ def follow_target(
 ) -> State:
     """lambda <- max(0, lambda + rate (H* - H_perc)): dual ascent on H_perc >= H*.
 
-    A rollout whose entropy is not finite teaches nothing.
+    A rollout none of whose images could be perceived teaches nothing.
 
     Source: as SAC tunes its temperature, Haarnoja et al. 2018 (arXiv 1812.05905), section 5.
     """

@@ -87,7 +87,7 @@ class Grpo(Objective):
             "logp_old": logp_old,
             "ratio": jnp.exp(fresh - logp_old),
             "entropy": jnp.mean(policy_entropy(said.std)),
-            "dt": taken.sigma_next - taken.sigma,
+            "dt": actor.policy.sampler.time_factor(taken),
         }
         metrics = {"kl": jnp.float32(0.0)}
         if "kl" in needs:
