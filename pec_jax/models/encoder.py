@@ -171,12 +171,12 @@ def mlp(c: LayerConfig, h: Array) -> Array:
 
     act, up = activation(c.activation), ("embed", "mlp")
     if c.gated and len(c.names.up) == 1:
-        gate, value = jnp.split(linear(2 * c.mlp_width, c.names.up[0], up, h), 2, axis=-1)
+        parts = jnp.split(linear(2 * c.mlp_width, c.names.up[0], up, h), 2, axis=-1)
     else:
-        gate, *values = (linear(c.mlp_width, name, up, h) for name in c.names.up)
-        value = values[0] if c.gated else None
-    gate = act(constrain(gate, "batch", "tokens", "mlp"))
-    h = gate if value is None else gate * value
+        parts = [linear(c.mlp_width, name, up, h) for name in c.names.up]
+    h = act(constrain(parts[0], "batch", "tokens", "mlp"))
+    if c.gated:
+        h = h * parts[1]
     return linear(c.width, c.names.down, ("mlp", "embed"), h)
 
 

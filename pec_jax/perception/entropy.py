@@ -222,7 +222,7 @@ class _Group(NamedTuple):
 
     centred: Array  # [..., K, d]; 0 where an image is not known
     known: Array  # [..., K] bool
-    count: Array  # [...] fp32, of the known
+    size: Array  # [...] fp32, number of the known
     ridge: Array  # [...]
 
 

@@ -102,6 +102,7 @@ def tokenize(encoder: Encoder, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
         encoder: with a text tower.
         texts: N texts.
     """
+    assert encoder.tokenizer is not None  # `two_tower_encoder` has seen to it
     tokenizer = encoder.tokenizer()
     limit = min(encoder.text_length, tokenizer.model_max_length)
     whole = tokenizer(list(texts), padding=False, truncation=False, verbose=False)

@@ -276,7 +276,8 @@ def _one_update(
     steps, part, old = pieces
     config = scene.learner.config
     if config.drop_zero_advantages:
-        part = part.replace(kept=part.kept / jnp.maximum(jnp.mean(part.kept), 1e-12))
+        weight = part.kept / jnp.maximum(jnp.mean(part.kept), 1e-12)
+        part = dataclasses.replace(part, kept=weight)
     pairs = _pairs(steps, part, old)
     count = part.rewards.shape[0] * part.rewards.shape[1]
     grad_fn = jax.grad(_loss, has_aux=True)

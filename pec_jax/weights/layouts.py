@@ -78,7 +78,8 @@ def unwrapped(tensors: Tensors) -> Tensors:
     """Without a prefix that a wrapper of the model gave to all names."""
     for prefix in WRAPPERS:
         if len(tensors) and all(name.startswith(prefix) for name in tensors):
-            return unwrapped(renamed(tensors, lambda name, p=prefix: name.removeprefix(p)))
+            bare = {name.removeprefix(prefix): Place(name) for name in tensors}
+            return unwrapped(Renamed(tensors, bare))
     return tensors
 
 

@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_said(tmp_path):
     with pytest.raises(PromptError, match=r"0: has no metadata\.jsonl"):
         read_image_set(tmp_path, None)
     (tmp_path / "two.txt").write_text("one\ntwo")
-    with pytest.raises(PromptError, match="has 2 prompts, but .* has 1 subfolders"):
+    with pytest.raises(PromptError, match=r"has 2 prompts, but .* has 1 subfolders"):
         read_image_set(tmp_path, tmp_path / "two.txt")
     for name, message in (
         ("absent.png", "there is no absent"),

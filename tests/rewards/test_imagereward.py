@@ -20,20 +20,7 @@ from tests.models import oracles
 from tests.models.test_blip import TEXT, VISION, as_image_reward
 
 PROMPTS = ["a red cat", "two blue houses in the snow, far away"]
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "a",
-    "red",
-    "cat",
-    "two",
-    "blue",
-    "houses",
-    "in",
-    "the",
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["a", "red", "cat", "two", "blue", "houses", "in", "the"]]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +28,7 @@ def published(tmp_path_factory):
     """A tiny ImageReward.pt as it is published, and the network of transformers with its head."""
     root = tmp_path_factory.mktemp("imagereward")
     (root / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = BertTokenizerFast(vocab_file=str(root / "vocab.txt"), model_max_length=12)
+    tokenizer = BertTokenizerFast(vocab_file=str(root / "vocab.txt"), model_max_length=512)
     tokenizer.save_pretrained(root / "bert")
     text = {**TEXT, "max_position_embeddings": 40, "vocab_size": len(WORDS)}
     torch.manual_seed(0)
@@ -88,7 +75,7 @@ def theirs(model, judge, picture: np.ndarray, prompt: str) -> float:
         return ((head(h) - 0.16717362830052426) / 1.0333394966054072).item()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 64), (100, 40)])
+@pytest.mark.parametrize("size", [(32, 32), (48, 64), (70, 40)])
 def test_the_score_is_imagerewards(published, monkeypatch, size):
     root, model, judge, files = published
     monkeypatch.setattr(imagereward, "IMAGE_REWARD", files)
