@@ -25,6 +25,7 @@ from pec_jax.configs import sd3_grpo
 def get_config() -> ConfigDict:
     """Returns the config: sd3_grpo plus the constraint."""
     config = sd3_grpo.get_config()
+    config.constraints.kl.weight = 0.0  # PEC takes its place
     config.constraints.pec.weight = 0.05
     config.perception.bandwidth = 0.104
     return config

@@ -6,7 +6,7 @@ Writes one PNG per image, a contact sheet `grid.png`, and `latents.npy` in diffu
 
 from __future__ import annotations
 
-from absl import flags
+from absl import app, flags
 
 from pec_jax import command_line, io
 from pec_jax.errors import exit_on_user_error
@@ -23,8 +23,9 @@ _LORA = flags.DEFINE_string(
 _USE_EMA = flags.DEFINE_bool(
     "use_ema", True, "Of a run, use the averaged parameters, not the last."
 )
-_PROMPT = flags.DEFINE_multi_string(
-    "prompt", None, "Prompt to draw; repeat the flag for more.", required=True
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt to draw; repeat the flag for more.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "File of prompts, .txt or .jsonl, to draw after those of --prompt."
 )
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "Prompt that guidance steers away from.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Number of images per prompt.", lower_bound=1)
@@ -64,6 +65,8 @@ _OUT = command_line.required_string("out", "Directory to write to.")
 def main(argv: list[str]) -> None:
     """Parses, samples; a mistake of the user becomes one sentence and exit status 2."""
     command_line.refuse_arguments(argv, hint=" Quote the prompt.")
+    if not _PROMPT.value and not _PROMPTS.value:
+        raise app.UsageError("--prompt or --prompts is missing; see --help.")
     from pec_jax.inference import draw  # imports jax; --help and typos need not wait
 
     with exit_on_user_error():
@@ -73,6 +76,7 @@ def main(argv: list[str]) -> None:
                 lora=_LORA.value,
                 use_ema=_USE_EMA.value,
                 prompts=tuple(_PROMPT.value),
+                prompt_file=_PROMPTS.value,
                 negative_prompt=_NEGATIVE.value,
                 num_images=_NUM_IMAGES.value,
                 height=_HEIGHT.value,

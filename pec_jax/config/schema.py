@@ -81,7 +81,7 @@ class SamplerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
-    """Prompt files (.txt or .jsonl), or names of the embedded sets."""
+    """Prompt files (.txt or .jsonl), directories of such files, or names of the embedded sets."""
 
     train: str = field("Prompts to train on.")
     heldout: str = field("Prompts to evaluate on.")

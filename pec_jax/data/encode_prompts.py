@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pec_jax.data.embedding_store import EmbeddingStore, fingerprint, write_store
 from pec_jax.data.embeddings import Embeddings, EmbeddingsInMemory
 from pec_jax.data.prompts import read_prompts
-from pec_jax.families.locate import pipeline_directory, prompt_file
+from pec_jax.families.locate import pipeline_directory, prompt_files
 from pec_jax.families.pipeline import load_text_stack
 from pec_jax.families.registry import present_text_encoders, read_family
 from pec_jax.models.text import TextStack
@@ -27,20 +27,21 @@ NEGATIVE = ""  # what classifier-free guidance steers away from
 
 def run(
     model: str,
-    prompt_files: Sequence[str],
+    prompt_sets: Sequence[str],
     out: epath.Path,
     *,
     dtype: str,
     t5_length: int,
     variant: str,
 ) -> None:
-    """Embeds the prompts of some files, and the empty one, into the directory `out`.
+    """Embeds the prompts of some files or directories, and the empty one, into `out`.
 
     Raises:
       ValueError, OSError: sentences for a person.
     """
     root = pipeline_directory(model, variant)
-    prompts = [p.text for name in prompt_files for p in read_prompts(prompt_file(name))]
+    files = [file for name in prompt_sets for file in prompt_files(name)]
+    prompts = [p.text for file in files for p in read_prompts(file)]
     mark = encoders_mark(root, dtype, t5_length)
     stack = load_text_stack(root, jnp.dtype(dtype), t5_length=t5_length, variant=variant)
     made = write_store(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -10,6 +11,7 @@ from pec_jax import io
 from pec_jax.config import ConfigError, unknown
 from pec_jax.weights.hub import model_directory
 
+SPLITS = ("train", "test")
 SHAPES_DIRECTORY = Path(__file__).parents[1] / "shapes" / "assets"
 
 
@@ -18,12 +20,45 @@ def pipeline_directory(name: str, variant: str = "") -> Path:
     return SHAPES_DIRECTORY if name == "shapes" else model_directory(name, variant)
 
 
-def prompt_file(name: str) -> epath.Path:
-    """`shapes/<set>` is an embedded prompt set unless such a file exists; else a file's path."""
+def prompt_file(name: str, split: str = "train") -> epath.Path:
+    """The file of a prompt set.
+
+    Args:
+        name: `shapes/<set>` is an embedded one unless such a file exists; else a file, or a
+            directory as Flow-GRPO's data sets are: SPLIT_metadata.jsonl or SPLIT.txt.
+        split: "train" or "test".
+
+    Raises:
+        ConfigError: no such embedded set, or a directory without either file.
+    """
+    return _prompt_files(name, (split,))[0]
+
+
+def prompt_files(name: str) -> list[epath.Path]:
+    """All files of a prompt set: of a directory, those of both splits that are there.
+
+    Raises:
+        ConfigError: as `prompt_file`.
+    """
+    return _prompt_files(name, SPLITS)
+
+
+def _prompt_files(name: str, splits: Sequence[str]) -> list[epath.Path]:
     embedded = SHAPES_DIRECTORY / "prompts" / f"{name.removeprefix('shapes/')}.txt"
     if name.startswith("shapes/") and not Path(name).exists():
         if not embedded.is_file():
             sets = [f"shapes/{path.stem}" for path in embedded.parent.iterdir()]
             raise ConfigError("config.prompts: " + unknown("prompt set", name, sets))
-        return epath.Path(embedded)
-    return io.path(name)
+        return [epath.Path(embedded)]
+    path = io.path(name)
+    if not path.is_dir():
+        return [path]
+    pairs = [(path / f"{split}_metadata.jsonl", path / f"{split}.txt") for split in splits]
+    found = [next((file for file in pair if file.is_file()), None) for pair in pairs]
+    if not (present := [file for file in found if file is not None]):
+        wanted = " or ".join(file.name for pair in pairs for file in pair)
+        raise ConfigError(
+            f"config.prompts: the directory {path} does not hold {wanted}; give a file, or a "
+            "directory with one of them."
+        )
+    return present

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from io import BytesIO
 
 import jax
@@ -14,6 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from pec_jax import io
+from pec_jax.data.prompts import Prompt, read_prompts
 from pec_jax.errors import RunError
 from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory
@@ -25,7 +27,7 @@ from pec_jax.training.run_directory import learned_params, run_config
 from pec_jax.types import Array, Conditioning, PyTree
 from pec_jax.weights.lora_files import read_lora
 
-MAX_GRID_COLUMNS = 12
+MAX_GRID_COLUMNS, MAX_GRID_ROWS = 12, 32
 LORA_FILES = ("*.safetensors", "*.json")  # what is fetched of a remote directory
 
 
@@ -34,7 +36,8 @@ class Request:
     """What to draw; the fields are the flags of `pec_jax.sample`."""
 
     model: str
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    prompt_file: str | None = None
     lora: str | None = None
     use_ema: bool = True
     negative_prompt: str = ""
@@ -59,6 +62,10 @@ def run(request: Request, out: epath.Path) -> None:
     Raises:
       ValueError, RunError, OSError: sentences for a person.
     """
+    prompts = [Prompt(text) for text in request.prompts]
+    if request.prompt_file:
+        prompts += read_prompts(request.prompt_file)
+    request = dataclasses.replace(request, prompts=tuple(p.text for p in prompts))
     out.mkdir(parents=True, exist_ok=True)
     root = pipeline_directory(request.model, request.variant)
     dtype = jnp.dtype(request.dtype)
@@ -77,7 +84,7 @@ def run(request: Request, out: epath.Path) -> None:
     if request.lora:
         variables = learned_variables(io.path(request.lora), pipeline, use_ema=request.use_ema)
     latents, images = draw(request, pipeline, variables, noise)
-    save(out, request, latents, images)
+    save(out, prompts, latents, images)
     logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
 
 
@@ -168,19 +175,20 @@ def draw(
     return latents, images
 
 
-def save(out: epath.Path, request: Request, latents: np.ndarray, images: np.ndarray) -> None:
+def save(
+    out: epath.Path, prompts: Sequence[Prompt], latents: np.ndarray, images: np.ndarray
+) -> None:
     """Writes one PNG per image, which prompt is whose, the contact sheet and the latents."""
     buffer = BytesIO()
     np.save(buffer, latents.transpose(0, 3, 1, 2).astype(np.float32))
     io.write_bytes(out / "latents.npy", buffer.getvalue())
+    num_images, lines = len(images) // len(prompts), []
     for number, image in enumerate(images):
-        save_png(out / f"{number:05d}.png", to_picture(image))
-    prompts = [prompt for prompt in request.prompts for _ in range(request.num_images)]
-    lines = [
-        json.dumps({"file": f"{number:05d}.png", "prompt": prompt}, ensure_ascii=False)
-        for number, prompt in enumerate(prompts)
-    ]
-    io.write_text(out / "images.jsonl", "\n".join(lines) + "\n")
-    columns = min(request.num_images, MAX_GRID_COLUMNS)
-    grouped = images.reshape(len(request.prompts), request.num_images, *images.shape[1:])
-    save_png(out / "grid.png", image_grid(grouped[:, :columns], request.prompts))
+        name, prompt = f"{number:05d}.png", prompts[number // num_images]
+        save_png(out / name, to_picture(image))
+        record = {**prompt.metadata, "file": name, "prompt": prompt.text}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    io.write_text(out / "images.jsonl", "".join(lines))
+    grouped = images.reshape(len(prompts), num_images, *images.shape[1:])
+    shown = grouped[:MAX_GRID_ROWS, :MAX_GRID_COLUMNS]
+    save_png(out / "grid.png", image_grid(shown, [p.text for p in prompts[:MAX_GRID_ROWS]]))

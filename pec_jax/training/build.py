@@ -151,7 +151,7 @@ def check(config: Config) -> None:
 
 def load_prompt_sets(config: Config) -> dict[str, list[Prompt]]:
     """The prompts to train on, to evaluate on, and of the sample grids."""
-    heldout = list(load_prompts(prompt_file(config.prompts.heldout)))
+    heldout = list(load_prompts(prompt_file(config.prompts.heldout, "test")))
     heldout = heldout[: config.eval.num_prompts or None]
     sampled = [Prompt(text, {}) for text in config.prompts.samples] or heldout
     return {

@@ -20,7 +20,7 @@ from tests.models import oracles
 from tests.models.test_blip import TEXT, VISION, as_image_reward
 
 PROMPTS = ["a red cat", "two blue houses in the snow, far away"]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["a", "red", "cat", "two", "blue", "houses", "in", "the"]]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + "a red cat two blue houses in the".split()  # noqa: RUF005, SIM905
 
 
 @pytest.fixture(scope="module")
