@@ -35,10 +35,17 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
     # orbax asks it for the kind of a bucket before it deletes an old checkpoint there
     "gcs": ["google-cloud-storage>=2.14", "google-cloud-storage-control>=1.0"],
+    # text in images, read on the host; its wheel carries the models
+    "ocr": ["rapidocr>=3.10,<4", "onnxruntime>=1.32"],
+    "geneval": ["torch>=2.6"],  # the detector in process; transformers is required already
+    "remote": ["httpx2>=2.0,<3"],  # judges on servers
     "test": [
         "torch==2.13.0",  # the oracle of the parity tests
         "diffusers==0.42.1",  # likewise
         "peft>=0.21,<1",  # loads exported LoRAs
+        "rapidocr>=3.10,<4",  # the extra `ocr`
+        "onnxruntime>=1.32",  # likewise
+        "httpx2>=2.0,<3",  # the extra `remote`
         "beartype>=0.20",  # checks those annotations while the tests run
         "vendi-score==0.0.3",  # oracle of the Vendi score
         "nbclient>=0.10",  # executes the notebooks

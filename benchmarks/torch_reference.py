@@ -24,7 +24,7 @@ from benchmarks import torch_models
 from benchmarks.setups import Setup, host_batch
 from benchmarks.torch_models import Models
 from pec_jax.perception.entropy import schedule_bandwidth
-from pec_jax.rewards.pickscore import SCALE as PICKSCORE_SCALE
+from pec_jax.rewards.clip import DIVISORS
 
 # (step, images: indices [n] into the P * K) -> unit Gaussian noise [n, C, h, w] float32
 Noise = Callable[[int, Tensor], Tensor]
@@ -171,7 +171,7 @@ class TorchStep:
             part = torch.einsum("pkd,pd->pk", unit, self.reward_inputs[name])
             if name == "pickscore":
                 part = part * self.models.encoders[network].logit_scale.float().exp()
-                part = part / PICKSCORE_SCALE
+                part = part / DIVISORS["score/26"]
             total = total + weight * part
         return total
 

@@ -110,7 +110,7 @@ class PerceptionConfig:
     )
     scale: str = field("Norm of the features, 1 or sqrt(d).", choices=("unit", "unit_sqrt_d"))
     bandwidth: float = field("gaussian: s; 0 is the rms of the policy's own std.", low=0.0)
-    eps: float = field("logdet: ridge.", low=0.0)
+    eps: float = field("logdet: ridge; at least 1e-6 of a group's total variance.", low=0.0)
     k: int = field("knn: which neighbour.", low=1)
     at: str = field(
         "The final image, or each trained step's prediction.", choices=("final", "steps")

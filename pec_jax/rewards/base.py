@@ -63,6 +63,19 @@ class Measures:
 
 
 @dataclasses.dataclass(frozen=True)
+class Job:
+    """A reward that works on the host while the device goes on.
+
+    Attributes:
+        start: (images [P, K, H, W, 3] in [0, 1], inputs [P, ...]) -> tickets [P, K] int32.
+        finish: tickets [P, K], each of them once, -> scores [P, K] fp32; waits for them.
+    """
+
+    start: Callable[[Array, PyTree], Array]
+    finish: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward:
     """One way to judge images. Static; weights are arguments.
 
@@ -77,6 +90,8 @@ class Reward:
             weights.
         measure: called as `score`, what the evaluation publishes in its place -> Measures; pure.
             For a judge that sees more in an image than its score. None publishes the score.
+        job: the same as `score` in two parts, which a train step calls apart; None where nothing
+            is gained by it.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Reward:
     network: str | tuple[str, ...] = ""
     input_shapes: Callable[[int], PyTree] | None = None
     measure: Callable[[PyTree, Array, PyTree], Measures] | None = None
+    job: Job | None = None
 
 
 @dataclasses.dataclass(frozen=True)

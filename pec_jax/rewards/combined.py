@@ -61,13 +61,34 @@ class CombinedReward:
         Raises:
             ValueError: a reward returned something that is not [P, K].
         """
-        parts = {
-            name: self._score(reward, variables_of(reward, networks), images, inputs[name])
+        return self.finish(self.start(networks, images, inputs))
+
+    def start(
+        self,
+        networks: Mapping[str, PyTree],
+        images: Float[Array, "p k h w 3"],
+        inputs: Mapping[str, PyTree],
+    ) -> dict[str, Array]:
+        """The scores [P, K] of rewards in the graph, and tickets [P, K] of those on the host, which
+        begin to judge; arguments and errors as of `score`.
+        """
+        return {
+            name: self._start(reward, variables_of(reward, networks), images, inputs[name])
             for name, reward in self.rewards.items()
         }
+
+    def finish(
+        self, started: Mapping[str, Array]
+    ) -> tuple[Float[Array, "p k"], dict[str, Float[Array, "p k"]]]:
+        """What `score` returns, once all judges on the host have answered."""
+        parts = {}
+        for name, found in started.items():
+            job = self.rewards[name].job
+            parts[name] = found if job is None else job.finish(found)
         # Weight 0 leaves a reward out altogether, for 0 * nan would spoil the sum.
         terms = [self.weights[name] * parts[name] for name in parts if self.weights[name]]
-        return sum(terms, jnp.zeros(images.shape[:2], jnp.float32)), parts
+        zeros = jnp.zeros(next(iter(parts.values())).shape, jnp.float32)
+        return sum(terms, zeros), parts
 
     def measure(
         self,
@@ -87,6 +108,11 @@ class CombinedReward:
                 scores |= measured.scores
                 diversities |= measured.diversities
         return Measures(scores, diversities)
+
+    def _start(self, reward: Reward, variables: PyTree, images: Array, inputs: PyTree) -> Array:
+        if reward.job is None:
+            return self._score(reward, variables, images, inputs)
+        return reward.job.start(images, inputs)
 
     def _score(self, reward: Reward, variables: PyTree, images: Array, inputs: PyTree) -> Array:
         part = reward.score(variables, images, inputs)

@@ -1,30 +1,35 @@
 """The one seam to rewards that cannot be traced: OCR, a detector, a remote judge.
 
-Inside the step such a function is called back on the host, with the images as NumPy. Prompts
-travel as UTF-8 bytes among the reward's inputs, so that the seam itself remembers nothing.
+Such a function is called on the host, with the images as NumPy; prompts travel as UTF-8 bytes among
+the reward's inputs. `Reward.score` waits for the answer. A train step hands the images in, draws
+and decodes more, and fetches the answers in the end (`Reward.job`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 
 from pec_jax.config import ConfigError
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed.mesh import on_shards
 from pec_jax.perception.preprocessing import to_uint8_levels
-from pec_jax.rewards.base import Reward
+from pec_jax.rewards.base import Job, Reward
 from pec_jax.types import PyTree
 
 Array = jax.Array
 
 # (images [N, H, W, 3] uint8, N prompts) -> N numbers
 HostFunction = Callable[[np.ndarray, list[Prompt]], np.ndarray]
+MAX_TICKET = 2**30
 COPIED_INLINE = 100 * 2**10  # bytes; XLA's CPU client hands larger copies to its threads
 
 
@@ -61,9 +66,7 @@ def host_reward(name: str, function: HostFunction) -> Reward:
         mesh of CPU devices that has no thread to spare for the callbacks.
     """
 
-    def call(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        # JAX arrays, on which NumPy would run JAX's functions; those may wait for this very step.
-        images, rows = np.asarray(images), np.asarray(rows)
+    def judge(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         groups, size = images.shape[:2]
         flat = images.reshape(-1, *images.shape[2:])
         scores = np.asarray(function(flat, decode_prompts(np.repeat(rows, size, axis=0))))
@@ -74,19 +77,90 @@ def host_reward(name: str, function: HostFunction) -> Reward:
             )
         return scores.astype(np.float32).reshape(groups, size)
 
+    def call(images: Array, rows: Array) -> np.ndarray:
+        # JAX arrays, on which NumPy would run JAX's functions; those may wait for this very step.
+        return judge(np.asarray(images), np.asarray(rows))
+
     def ask(levels: Array, rows: Array) -> Array:
         _check_threads(name, levels.size)
         result = jax.ShapeDtypeStruct(levels.shape[:2], jnp.float32)
         return jax.pure_callback(call, result, levels, rows, vmap_method="sequential")
 
     def score(variables: PyTree, images: Array, rows: Array) -> Array:
-        levels = jnp.round(to_uint8_levels(images) * 255.0).astype(jnp.uint8)
-        scores = on_shards(ask, ("batch",), levels, rows)
-        # As 8-bit numbers, what is not finite would be black.
-        whole = jnp.all(jnp.isfinite(images), axis=(-3, -2, -1))
-        return jnp.where(whole, scores, jnp.nan)
+        scores = on_shards(ask, ("batch",), _levels(images), rows)
+        return jnp.where(_is_whole(images), scores, jnp.nan)
 
-    return Reward(name, score, prepare=lambda variables, prompts: encode_prompts(prompts))
+    return Reward(
+        name,
+        score,
+        prepare=lambda variables, prompts: encode_prompts(prompts),
+        job=_job(name, Desk(judge)),
+    )
+
+
+class Desk:
+    """Where images are handed in to be judged one after the other, and their scores fetched.
+
+    Tickets are numbers, one per image, so that they may travel through the graph as an array does.
+    """
+
+    def __init__(self, judge: Callable[[np.ndarray, np.ndarray], np.ndarray]):
+        """`judge`: (images [P, K, H, W, 3] uint8, rows [P, B]) -> scores [P, K]."""
+        self._judge = judge
+        self._worker: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._next = 0
+        self._open: dict[int, tuple[Future[np.ndarray], int]] = {}  # ticket -> answer, position
+
+    def hand_in(self, images: Array, rows: Array) -> np.ndarray:
+        """Tickets [P, K] int32 of images that will be judged."""
+        pictures, texts = np.asarray(images), np.asarray(rows)
+        count = pictures.shape[0] * pictures.shape[1]
+        with self._lock:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="judge")
+            answer = self._worker.submit(self._judge, pictures, texts)
+            if self._next + count > MAX_TICKET:
+                self._next = 0
+            tickets = np.arange(self._next, self._next + count, dtype=np.int32)
+            self._next += count
+            self._open |= {int(ticket): (answer, i) for i, ticket in enumerate(tickets)}
+        return tickets.reshape(pictures.shape[:2])
+
+    def fetch(self, tickets: Array) -> np.ndarray:
+        """Their scores [P, K], once they are there; nan for those whose images were not whole."""
+        numbers = np.asarray(tickets)
+        known = np.where(numbers < 0, ~numbers, numbers)
+        with self._lock:
+            found = [self._open.pop(int(ticket)) for ticket in known.ravel()]
+        scores = [answer.result().ravel()[i] for answer, i in found]
+        judged = np.asarray(scores, np.float32).reshape(numbers.shape)
+        return np.where(numbers < 0, np.float32(np.nan), judged)
+
+
+def _job(name: str, desk: Desk) -> Job:
+    def ask(levels: Array, rows: Array) -> Array:
+        _check_threads(name, levels.size)
+        result = jax.ShapeDtypeStruct(levels.shape[:2], jnp.int32)
+        return io_callback(desk.hand_in, result, levels, rows)
+
+    def start(images: Array, rows: Array) -> Array:
+        tickets = on_shards(ask, ("batch",), _levels(images), rows)
+        return jnp.where(_is_whole(images), tickets, ~tickets)
+
+    def wait(tickets: Array) -> Array:
+        return io_callback(desk.fetch, jax.ShapeDtypeStruct(tickets.shape, jnp.float32), tickets)
+
+    return Job(start, lambda tickets: on_shards(wait, ("batch",), tickets))
+
+
+def _levels(images: Array) -> Array:
+    return jnp.round(to_uint8_levels(images) * 255.0).astype(jnp.uint8)
+
+
+def _is_whole(images: Array) -> Array:
+    """Which images [P, K] are finite; as 8-bit numbers, what is not would be black."""
+    return jnp.all(jnp.isfinite(images), axis=(-3, -2, -1))
 
 
 def _check_threads(name: str, size: int) -> None:

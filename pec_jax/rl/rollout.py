@@ -46,6 +46,30 @@ def rollout(
         inputs: all that does not learn, and the prompts.
         key: of the iteration.
     """
+    return rollout_and(drawing, params, inputs, key, lambda x_0: ())[0]
+
+
+def rollout_and(
+    drawing: Drawing,
+    params: PyTree,
+    inputs: tuple[Frozen, Batch],
+    key: Array,
+    then: Callable[[Array], PyTree],
+) -> tuple[Trajectory, PyTree]:
+    """`rollout`, and what is made of the final latents while more of them are drawn.
+
+    Args:
+        drawing: static.
+        params: of the policy.
+        inputs: all that does not learn, and the prompts.
+        key: of the iteration.
+        then: from final latents [P, k, *latent] to a tree of arrays [P, k, ...]. It is called with
+            as many images of every group as are drawn at once: what it starts on the host goes on
+            while the next ones are drawn.
+
+    Returns:
+        The trajectory, and what `then` gives [P, K, ...].
+    """
     frozen, batch = inputs
     num_groups, size, shape = (
         batch.prompt_ids.shape[0],
@@ -67,13 +91,14 @@ def rollout(
             paths=drawing.paths,
             predictions=drawing.predictions,
         )
-        return jax.tree.map(
+        grouped = jax.tree.map(
             lambda a: a.reshape(num_groups, images, *a.shape[1:]), swap_images_and_steps(drawn)
         )
+        return grouped, then(grouped.x_0)
 
-    drawn = map_images(draw, (x_1, keys), drawing.images)
+    drawn, made = map_images(draw, (x_1, keys), drawing.images)
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), drawn)
-    return swap_images_and_steps(flat)
+    return swap_images_and_steps(flat), made
 
 
 def map_images(function: Callable, tree: PyTree, images: int) -> PyTree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -69,40 +70,69 @@ def score(
     """Decodes the images, some of every group at a time, and measures what they are worth.
 
     Returns:
-        The rollout with rewards [P, K] and surprisals [P, K] ([S, P, K] where perception looks at
-        the steps), and the metrics of both.
+        As `conclude`.
+    """
+    latents = trajectory.x_0
+    seen = look(scorer, inputs, latents.reshape(-1, group_size, *latents.shape[1:]))
+    return conclude(scorer, inputs, trajectory, seen)
+
+
+def look(
+    scorer: Scorer, inputs: tuple[Frozen, Batch], x_0: Float[Array, "p k ..."]
+) -> dict[str, PyTree]:
+    """What is measured of single images, and what host rewards have been asked about them.
+
+    Args:
+        scorer: static.
+        inputs: all that does not learn, and the prompts.
+        x_0: final latents, some or all of each group.
+
+    Returns:
+        Arrays [P, k, ...] for `conclude`.
     """
     frozen, batch = inputs
-    latents = trajectory.x_0
-    x_0 = latents.reshape(-1, group_size, *latents.shape[1:])
 
-    def score_images(x_0):  # [P, k, *latent]
+    def look_at(x_0):  # [P, k, *latent]
         images = decode(scorer, frozen, x_0)
-        total, parts = scorer.reward.score(frozen.networks, images, batch.reward_inputs)
         return {
-            "total": total,
-            "parts": parts,
+            "rewards": scorer.reward.start(frozen.networks, images, batch.reward_inputs),
             "features": _features(scorer, frozen, images),
             "levels": jnp.round(images * 255).astype(jnp.uint8),
         }
 
-    scored = map_images(score_images, x_0, scorer.images)
-    surprisal = scorer.surprisal(scored["features"])
-    rewards = scored["total"]
+    return map_images(look_at, x_0, math.gcd(scorer.images, x_0.shape[1]))
+
+
+def conclude(
+    scorer: Scorer,
+    inputs: tuple[Frozen, Batch],
+    trajectory: Trajectory,
+    seen: Mapping[str, PyTree],
+) -> tuple[Rollout, dict[str, Array]]:
+    """The rollout of whole groups, from what `look` has seen of all their images.
+
+    Returns:
+        The rollout with rewards [P, K] and surprisals [P, K] ([S, P, K] where perception looks at
+        the steps), and the metrics of both.
+    """
+    frozen, _ = inputs
+    rewards, parts = scorer.reward.finish(seen["rewards"])
+    x_0 = trajectory.x_0.reshape(*rewards.shape, *trajectory.x_0.shape[1:])
+    surprisal = scorer.surprisal(seen["features"])
     within = known_mean(jnp.square(rewards - known_mean(rewards, 1)), 1)  # variance [P, 1]
     metrics = {
         "reward/mean": known_mean(rewards),
         "reward/std": jnp.mean(jnp.sqrt(within)),
-        **{f"reward/{name}": known_mean(part) for name, part in scored["parts"].items()},
-        **{f"failures/{name}": failures(part) for name, part in scored["parts"].items()},
+        **{f"reward/{name}": known_mean(part) for name, part in parts.items()},
+        **{f"failures/{name}": failures(part) for name, part in parts.items()},
         "entropy/perceptual": known_mean(surprisal),
         "diversity/variance_reward": jnp.mean(within),
-        "diversity/variance_perceptual": _unit_variance(scorer, scored["features"]),
+        "diversity/variance_perceptual": _unit_variance(scorer, seen["features"]),
         "diversity/variance_latent": jnp.mean(perceptual_variance(x_0.reshape(*x_0.shape[:2], -1))),
-        "diversity/variance_pixel": _pixel_variance(scored["levels"]),
+        "diversity/variance_pixel": _pixel_variance(seen["levels"]),
     }
     if scorer.at_steps is not None:
-        surprisal = step_surprisal(scorer, frozen, trajectory, group_size)
+        surprisal = step_surprisal(scorer, frozen, trajectory, rewards.shape[1])
         metrics["entropy/perceptual_steps"] = known_mean(surprisal)
     return Rollout(trajectory=trajectory, rewards=rewards, surprisal=surprisal), metrics
 

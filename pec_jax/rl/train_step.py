@@ -1,12 +1,14 @@
 """THE train step: sample -> score -> update.
 
 `train_step(program, state, frozen, batch, key) -> (state, metrics)` is compiled once. It is
-composed of `rollout`, `score` and `update`, which are public, pure and tested by themselves.
+composed of `rollout`, `score` and `update`, which are public, pure and tested by themselves; of
+`score` the part that looks at single images runs between the rollout's chunks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,8 @@ from pec_jax.flow.transition import policy_entropy
 from pec_jax.rl.advantages import known_mean
 from pec_jax.rl.composition import Constraints
 from pec_jax.rl.objective import Objective
-from pec_jax.rl.rollout import Drawing, rollout
-from pec_jax.rl.score import Scorer, score
+from pec_jax.rl.rollout import Drawing, rollout_and
+from pec_jax.rl.score import Scorer, conclude, look
 from pec_jax.rl.update import Learner, update
 from pec_jax.types import Batch, Frozen, PyTree, Rollout, TrainState
 
@@ -65,8 +67,9 @@ def experienced(
     program: Program, params: PyTree, inputs: tuple[Frozen, Batch], key: Array
 ) -> tuple[Rollout, dict[str, Array]]:
     """A rollout under `params`, scored, and its metrics."""
-    trajectory = rollout(program.drawing, params, inputs, key)
-    found, metrics = score(program.scorer, inputs, trajectory, program.drawing.group_size)
+    look_at = functools.partial(look, program.scorer, inputs)
+    trajectory, seen = rollout_and(program.drawing, params, inputs, key, look_at)
+    found, metrics = conclude(program.scorer, inputs, trajectory, seen)
     return found, {**metrics, **_entropy_metrics(program, found)}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.data.prompts import Prompt
@@ -67,11 +69,91 @@ def test_errors_of_the_function_surface():
         )
 
 
+def in_chunks(reward, images, rows, chunks=2):
+    """Scores [P, K] as a train step asks for them: some images at a time, answers in the end."""
+
+    def start(images):
+        return reward.job.start(images, rows)
+
+    @jax.jit
+    def run(images):
+        groups, size = images.shape[:2]
+        parts = images.reshape(groups, chunks, size // chunks, *images.shape[2:]).swapaxes(0, 1)
+        tickets = jax.lax.map(start, parts).swapaxes(0, 1).reshape(groups, size)
+        return reward.job.finish(tickets)
+
+    return run(images)
+
+
+def test_answers_that_are_fetched_later_are_the_same():
+    reward = host_reward("judge", first_pixel_and_length)
+    levels = np.arange(12).reshape(3, 4)
+    images = jnp.broadcast_to((levels / 255.0)[..., None, None, None], (3, 4, 4, 5, 3))
+    rows = reward.prepare({}, PROMPTS)
+    expected = reward.score({}, images, rows)
+    for chunks in (1, 2, 4):
+        np.testing.assert_array_equal(in_chunks(reward, images, rows, chunks), expected)
+
+
+def test_a_broken_image_and_an_image_without_an_answer_are_nan():
+    def function(images, prompts):
+        return np.where(images[:, 0, 0, 0] > 100, np.nan, 1.0)
+
+    reward = host_reward("judge", function)
+    images = np.zeros((1, 4, 4, 4, 3), np.float32)
+    images[0, 1, 2, 2, 0] = np.nan
+    images[0, 2] = 1.0
+    rows = reward.prepare({}, PROMPTS[:1])
+    for found in (reward.score({}, jnp.asarray(images), rows), in_chunks(reward, images, rows)):
+        np.testing.assert_array_equal(found, [[1.0, np.nan, np.nan, 1.0]])
+
+
+def test_an_error_of_a_judge_that_is_asked_early_surfaces():
+    def function(images, prompts):
+        raise TimeoutError("the judge does not answer")
+
+    reward = host_reward("judge", function)
+    with pytest.raises(Exception, match="the judge does not answer"):
+        jax.block_until_ready(
+            in_chunks(reward, jnp.zeros((1, 2, 4, 4, 3)), encode_prompts(PROMPTS[:1]))
+        )
+
+
+def test_the_device_goes_on_while_the_host_judges():
+    """Work between the chunks takes no longer for a judge that takes as long as all of it."""
+    started, finished = [], []
+
+    def function(images, prompts):
+        started.append(time.monotonic())
+        time.sleep(0.3)
+        return np.zeros(len(images))
+
+    def work(x):
+        finished.append(time.monotonic())
+        return x
+
+    reward = host_reward("judge", function)
+    rows = reward.prepare({}, PROMPTS[:1])
+
+    @jax.jit
+    def run(images):
+        def chunk(part):
+            tickets = reward.job.start(part, rows)
+            return tickets, io_callback(work, jax.ShapeDtypeStruct((), jnp.float32), part.mean())
+
+        tickets, _ = jax.lax.map(chunk, images)
+        return reward.job.finish(tickets.swapaxes(0, 1).reshape(1, -1))
+
+    jax.block_until_ready(run(jnp.zeros((4, 1, 1, 4, 4, 3))))
+    assert len(started) == len(finished) == 4
+    assert max(finished) - started[0] < 0.3  # before the first image was judged
+
+
 MESHES = {"groups": (4, 2, 1), "layers": (2, 2, 2), "one device": (1, 1, 1)}
 GROUPS, SIZE = 8, 3
 
 
-def sharded_scores(shape, function, side):
+def sharded_scores(shape, function, side, early=False):
     """Scores of 8 groups on a mesh of that shape, in a loop as in the train step: [2, P, K]."""
     levels = np.arange(GROUPS * SIZE).reshape(GROUPS, SIZE)
     images = np.broadcast_to((levels / 255)[..., None, None, None], (GROUPS, SIZE, side, side, 3))
@@ -87,7 +169,10 @@ def sharded_scores(shape, function, side):
     @jax.jit
     def score(images, rows):
         factors = jnp.asarray([1.0, 0.0])
-        return jax.lax.map(lambda factor: reward.score({}, images * factor, rows), factors)
+        if not early:
+            return jax.lax.map(lambda factor: reward.score({}, images * factor, rows), factors)
+        tickets = jax.lax.map(lambda factor: reward.job.start(images * factor, rows), factors)
+        return jnp.stack([reward.job.finish(tickets[i]) for i in range(2)])
 
     with sharding.active(mesh, config):
         return np.asarray(score(*given))
@@ -96,15 +181,20 @@ def sharded_scores(shape, function, side):
 def scores_on_meshes():
     """Mesh -> (scores, groups of each call, number of calls)."""
     found = {}
-    for name, shape in MESHES.items():
+    cases = [(early, name, shape) for early in (False, True) for name, shape in MESHES.items()]
+    for early, name, shape in cases:
         calls = []
 
         def function(images, prompts, calls=calls):
             calls.append(len(images) // SIZE)
             return first_pixel_and_length(images, prompts)
 
-        scores = sharded_scores(shape, function, 32)
-        found[name] = scores.tolist(), sorted(set(calls)), len(calls)
+        scores = sharded_scores(shape, function, 32, early)
+        found[f"{name}, early" if early else name] = (
+            scores.tolist(),
+            sorted(set(calls)),
+            len(calls),
+        )
     return found
 
 
@@ -116,8 +206,8 @@ def test_each_device_asks_about_its_own_groups():
         np.testing.assert_array_equal(scores[0], levels + lengths, err_msg=name)
         np.testing.assert_array_equal(scores[1], 0 * levels + lengths, err_msg=name)
     # Groups of each call, and calls, of two iterations of the loop.
-    assert found["groups"][1:] == [[1], 16]
-    assert found["one device"][1:] == [[8], 2]
+    assert found["groups"][1:] == found["groups, early"][1:] == [[1], 16]
+    assert found["one device"][1:] == found["one device, early"][1:] == [[8], 2]
     assert found["layers"][1] == [2]  # of 2 x 2 parts; what splits layers only, asks as well
 
 

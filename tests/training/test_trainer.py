@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pec_jax.config.registry import REWARDS
 from pec_jax.errors import RunError
+from pec_jax.rewards import register
+from pec_jax.rewards.host import host_reward
 from pec_jax.training import trainer as train_lib
 from tests.conftest import ROOT, small_config_dict
 
@@ -236,6 +239,42 @@ def test_a_run_that_only_meets_nans_stops_with_its_checkpoint_in_place(tmp_path)
     config.optimizer.update({"learning_rate": 1e38, "max_skipped": 2, "grad_clip": 0.0})
     config.num_iterations = 8
     config.schedule.update({"checkpoint_every": 1, "eval_every": 0, "sample_every": 0})
-    with pytest.raises(RunError, match="2 updates in a row were not finite"):
+    with pytest.raises(RunError, match=r"updates in a row were not finite|could not judge 100%"):
         train_lib.train(config, tmp_path)
     assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_judge_that_fails_is_left_out_and_stops_a_run_that_it_fails_too_often(
+    tmp_path, monkeypatch, caplog
+):
+    """One of eight images is left out; four of eight are too many; then the run goes on."""
+    monkeypatch.setattr(REWARDS, "_entries", {name: REWARDS[name] for name in REWARDS})
+    failing = {"images": 1, "calls": 0, "at": (4, 5)}  # calls 1 and 2 evaluate the base model
+
+    def judge(images, prompts):
+        failing["calls"] += 1
+        scores = images.mean((1, 2, 3)) / 255
+        if failing["calls"] in failing["at"]:
+            scores[: failing["images"]] = np.nan
+        return scores
+
+    register("flaky")(lambda options, networks: host_reward("flaky", judge))
+    config = small_config_dict()
+    config.rewards = {**config.rewards.to_dict(), "flaky": {"weight": 1.0}}
+    config.rewards.pickscore.weight = 0.0
+    config.num_iterations = 4
+    config.schedule.update({"checkpoint_every": 1, "eval_every": 0, "sample_every": 0})
+    config.schedule.log_every = 1
+    train_lib.train(config, tmp_path / "few")
+    lines = read_metrics(tmp_path / "few")
+    assert [line["failures/flaky"] for line in lines] == [0.0, 0.125, 0.125, 0.0]
+    assert all(line["policy/skipped"] == 0.0 and line["policy/grad_norm"] > 0 for line in lines)
+
+    failing.update({"images": 4, "calls": 0, "at": (4,)})
+    message = r"'flaky' could not judge 50% of the images of iteration 2, .*max_failures = 25%"
+    with pytest.raises(RunError, match=message):
+        train_lib.train(config, tmp_path / "many")
+    result = train_lib.train(config, tmp_path / "many")
+    assert result["iterations"] == 4
+    steps = [line["step"] for line in read_metrics(tmp_path / "many")]
+    assert steps == [1, 2, 3, 4]
