@@ -103,31 +103,32 @@ class Networks:
         Raises:
             WeightsError: no such head, or one of other features.
         """
+        key = f"{path}#head"
+        if key not in self.variables:
+            self.variables[key] = self._head(path, dim)
+        (size,) = self.variables[key]["kernel"].shape
+        if size != dim:
+            raise WeightsError(
+                f"{path}: a head of {size} features, but the encoder gives {dim}; they belong to "
+                "different models"
+            )
+        return key
+
+    def _head(self, path: Path, dim: int) -> dict[str, Any]:
         from pec_jax.perception.heads import affine_head
         from pec_jax.weights.model_files import open_model
 
-        key = f"{path}#head"
-        if key in self.variables:
-            return key
         if not self.weights:
             shapes = {"kernel": (dim,), "bias": ()}
-            self.variables[key] = {
+            return {
                 name: jax.ShapeDtypeStruct(shape, np.float32, sharding=self._whole(shape))
                 for name, shape in shapes.items()
             }
-            return key
-        head = affine_head(open_model(path))
-        if head["kernel"].shape != (dim,):
-            raise WeightsError(
-                f"{path}: a head of {len(head['kernel'])} features, but the encoder gives {dim}; "
-                "they belong to different models"
-            )
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        self.variables[key] = {
+        return {
             name: put_array(value, self._whole(value.shape) or default)
-            for name, value in head.items()
+            for name, value in affine_head(open_model(path)).items()
         }
-        return key
 
     def _whole(self, shape: Sequence[int]) -> Any:
         """Where an array goes that is not split."""

@@ -57,6 +57,16 @@ REWARDS[1] = 0.21
 TOLERANCE = 1e-4
 
 
+# Each program runs once: most of the time would go into optimizing its machine code.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+
 class Case(NamedTuple):
     """A published recipe: what the oracle is told, and the fields of our config."""
 
@@ -249,9 +259,9 @@ def drawn(request, pipelines):
         case = CASES[request.param]
         ours = load(case, pipelines(case.family))
         key, shape = jax.random.key(3), ours.program.drawing.policy.latent_shape
-        sample = jax.jit(functools.partial(rollouts.rollout, ours.program.drawing))
+        sample = jit(functools.partial(rollouts.rollout, ours.program.drawing))
         path = sample(ours.adapters, ours.inputs, key)
-        noise = step_noise(jax.random.fold_in(key, 1), shape)
+        noise = jit(step_noise, static_argnums=1)(jax.random.fold_in(key, 1), shape)
         model, layers = oracle_of(case, ours)
         values = ours.by_name(ours.adapters)
         parameters = published.adapt(model.transformer, layers, values, ALPHA / RANK)
@@ -323,7 +333,7 @@ def trained(drawn):
     program = dataclasses.replace(ours.program, learner=learner)
     state = program.initial_state(ours.adapters).replace(step=jnp.int32(BEFORE))
     found = Rollout(path, jnp.asarray(REWARDS), jnp.zeros_like(REWARDS))
-    learn = jax.jit(functools.partial(update, learner))
+    learn = jit(functools.partial(update, learner))
     state, metrics = learn(state, ours.inputs, found, jax.random.key(0))
     seen, name = state.opt_state, ours.by_name
     return Trained(
