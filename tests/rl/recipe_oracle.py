@@ -67,7 +67,8 @@ class Text:
     tokens: Tensor
     pooled: Tensor
 
-    def rows(self, index: Sequence[int]) -> Text:
+    def rows(self, index: list[int]) -> Text:
+        """Some of them."""
         return Text(self.tokens[index], self.pooled[index])
 
 
@@ -88,6 +89,7 @@ class Model:
     predict: Callable[[Tensor, Tensor, Text], Tensor]
 
     def velocity(self, latents: Tensor, step: int, text: Text) -> Tensor:
+        """The guided velocity at a step."""
         return self.predict(latents, self.timesteps[step].expand(len(latents)), text)
 
 
@@ -187,10 +189,12 @@ def adapt(
     Returns:
         The parameters that learn, by the names of `values`.
     """
-    parameters = {}
+    parameters: dict[str, nn.Parameter] = {}
     for name in names:
         a, b = (torch.tensor(values[f"{name}.{part}"]) for part in "ab")
-        layer = LowRank(transformer.get_submodule(name), a, b, scale)
+        base = transformer.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        layer = LowRank(base, a, b, scale)
         transformer.set_submodule(name, layer)
         parameters |= {f"{name}.a": layer.a, f"{name}.b": layer.b}
     return parameters
@@ -304,8 +308,9 @@ class Update:
 def microbatches(recipe: Recipe, advantages: np.ndarray) -> list[list[list[int]]]:
     """Samples by update and micro-batch.
 
-    The published code shuffles all samples before it cuts them into micro-batches, which no other
-    program can reproduce. Here update u takes the u-th part of each group in order.
+    The published code shuffles all samples before it cuts them into micro-batches, and keeps some
+    of advantage 0, drawn at random, where the number of the others is not divisible: neither can
+    be reproduced. Here update u takes the u-th part of each group in order.
     """
     groups, size = advantages.shape
     part, plan = size // recipe.updates, []
@@ -397,23 +402,24 @@ def train(
         logged = []
         for number, rows in enumerate(plan):
             for index in recipe.trained:
-                loss = loss_of(model, recipe, samples, rows, index)
-                (loss.total / (len(plan) * len(recipe.trained))).backward()
-                logged.append(Loss(*(a.detach() for a in loss)))
+                at = loss_of(model, recipe, samples, rows, index)
+                (at.total / (len(plan) * len(recipe.trained))).backward()
+                logged.append(tuple(a.detach() for a in at))
             if number == len(plan) - 1:
-                grads = {name: value.grad.numpy().copy() for name, value in parameters.items()}
+                grads = {name: np.asarray(value.grad).copy() for name, value in parameters.items()}
                 norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 global_step += 1
             ema = ema_step(ema, arrays(parameters), global_step)
-        mean = Loss(*(torch.stack(a).double().mean().item() for a in zip(*logged, strict=True)))
+        means = [torch.stack(a).double().mean().item() for a in zip(*logged, strict=True)]
+        loss, kl_loss, clip_fraction, stopped = means
         found.append(
             Update(
-                loss=mean.total,
-                kl_loss=mean.kl,
-                clip_fraction=mean.outside,
-                stopped=mean.stopped,
+                loss=loss,
+                kl_loss=kl_loss,
+                clip_fraction=clip_fraction,
+                stopped=stopped,
                 grad_norm=float(norm),
                 grads=grads,
                 parameters=arrays(parameters),
