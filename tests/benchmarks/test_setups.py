@@ -19,6 +19,7 @@ from pec_jax.rl.train_step import train_step
 def step_flops(encoder: str, estimator: str, *, perception: bool) -> int:
     """Of an iteration of Stable Diffusion 3.5 Medium at 512 px, 48 groups of 24."""
     config = sd3_pec.get_config() if perception else sd3_grpo.get_config()
+    config.constraints.kl.weight = 0.0  # PEC takes its place in sd3_pec
     config.perception.update({"encoder": encoder, "estimator": estimator})
     built = from_config_dict(config)
     mesh, program, arguments, shardings = ahead.abstract_step(built, jax.devices()[:1])
