@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     config.batch.update({"groups": 48, "group_size": 24})
     config.batch.update({"rollout_images": 4, "decode_images": 1, "update_images": 1})
     # Every chip holds the frozen weights whole, so that no layer waits for its own. With all else
-    # 11.6 GB of a v5e's 17.2 were compiled when PickScore was in bfloat16; it takes 1.3 GB more now.
+    # 11.6 GB of a v5e's 17.2 were compiled with PickScore in bfloat16; it takes 1.3 GB more now.
     # With trainable.mode=full take fsdp=16.
     config.mesh.update({"data": -1, "fsdp": 1})
     config.eval.update({"num_prompts": 256, "images_per_prompt": 8, "groups": 16})
