@@ -21,9 +21,6 @@ from pec_jax.errors import RunError
 from pec_jax.host import ocr
 
 FAST = ocr.Engine(limit_side_len=128)
-needs_engine = pytest.mark.skipif(
-    bool(ocr.missing_packages()), reason="needs the extra: pip install 'pec_jax[ocr]'"
-)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +129,6 @@ def readers():
     made.close()
 
 
-@needs_engine
 def test_scores_of_what_is_read_in_pictures(readers):
     drawn = ["Hello World", "Hallo World", "", "Hello", "say Hello World now"]
     texts = readers.read([picture(text, (128, 512), 40) for text in drawn])
@@ -140,7 +136,6 @@ def test_scores_of_what_is_read_in_pictures(readers):
     np.testing.assert_allclose(scores, [1.0, 0.9, 0.0, 0.5, 1.0])
 
 
-@needs_engine
 def test_texts_come_in_the_order_of_the_pictures(readers):
     # Sizes differ, so that two workers finish in another order than they began.
     words = ["north", "east", "south", "west", "up", "down"]
@@ -150,20 +145,17 @@ def test_texts_come_in_the_order_of_the_pictures(readers):
     assert len(worker_pids()) == 2
 
 
-@needs_engine
 def test_lines_are_joined_from_top_to_bottom(readers):
     lines = np.concatenate([picture("first"), picture("second")])
     assert readers.read([lines])[0].lower() == "firstsecond"
 
 
-@needs_engine
 def test_lines_of_less_confidence_are_dropped():
     certain = ocr.Readers(ocr.Engine(limit_side_len=128, text_score=1.0), workers=1)
     assert certain.read([picture("Hello")]) == [""]
     certain.close()
 
 
-@needs_engine
 def test_several_threads_may_ask_at_once(readers):
     found = {}
 
@@ -178,7 +170,6 @@ def test_several_threads_may_ask_at_once(readers):
     assert found == {word: [word] for word in ("one", "two", "three")}
 
 
-@needs_engine
 def test_an_engine_that_fails_leaves_the_picture_unread_and_goes_on(readers):
     readers.read([picture("Hello")] * 2)
     before = worker_pids()
@@ -187,7 +178,6 @@ def test_an_engine_that_fails_leaves_the_picture_unread_and_goes_on(readers):
     assert sorted(worker_pids()) == sorted(before)
 
 
-@needs_engine
 def test_a_worker_that_was_killed_is_replaced_and_the_picture_read(readers):
     readers.read([picture("Hello")] * 2)
     before = worker_pids()
@@ -197,7 +187,6 @@ def test_a_worker_that_was_killed_is_replaced_and_the_picture_read(readers):
     assert len(worker_pids()) == 2 and not set(worker_pids()) & set(before)
 
 
-@needs_engine
 def test_a_picture_whose_workers_all_die_is_unread(readers):
     over = threading.Event()
 
@@ -216,7 +205,6 @@ def test_a_picture_whose_workers_all_die_is_unread(readers):
     assert readers.read([picture("Hello")]) == ["Hello"]
 
 
-@needs_engine
 def test_a_worker_that_does_not_answer_is_given_up():
     before = set(worker_pids())
     stalled = ocr.Readers(FAST, workers=1, timeout=5.0)
@@ -231,21 +219,18 @@ def test_a_worker_that_does_not_answer_is_given_up():
     stalled.close()
 
 
-@needs_engine
 def test_a_picture_that_takes_too_long_is_given_up():
     hurried = ocr.Readers(FAST, workers=1, timeout=0.01)
     assert hurried.read([picture("Hello", (1024, 1024))] * 2) == [None, None]
     hurried.close()
 
 
-@needs_engine
 def test_workers_import_neither_jax_nor_what_brings_it(readers):
     readers.read([picture("Hello")])
     loaded = [Path(f"/proc/{pid}/maps").read_text() for pid in worker_pids()]
     assert loaded and all("onnxruntime" in maps and "jaxlib" not in maps for maps in loaded)
 
 
-@needs_engine
 def test_the_engine_needs_no_network_and_no_jax():
     script = """
 import sys
@@ -259,7 +244,6 @@ print(calls, sorted({"jax", "jaxlib", "flax", "tensorflow", "torch"} & set(sys.m
     assert run_python("-c", script) == "[] []\n"
 
 
-@needs_engine
 def test_workers_do_not_run_the_program_again_and_end_with_it(tmp_path):
     program = tmp_path / "program.py"  # with nothing that guards its main part
     program.write_text(
@@ -271,7 +255,6 @@ def test_workers_do_not_run_the_program_again_and_end_with_it(tmp_path):
     assert run_python(program) == "['']\n"
 
 
-@needs_engine
 def test_workers_end_with_their_owner():
     before = set(worker_pids())
     readers = ocr.Readers(FAST, workers=1)

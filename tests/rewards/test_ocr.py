@@ -15,9 +15,6 @@ from pec_jax.host import ocr
 from pec_jax.rewards.host import decode_prompts
 from pec_jax.rewards.ocr import OcrOptions, prepare, scores
 
-needs_engine = pytest.mark.skipif(
-    bool(ocr.missing_packages()), reason="needs the extra: pip install 'pec_jax[ocr]'"
-)
 PROMPTS = [
     Prompt('A sign that says "Hello World"', {"id": 1}),
     Prompt("A mug with “Good day” on it"),
@@ -31,7 +28,6 @@ def picture(text):
     return np.asarray(image, np.float32) / 255
 
 
-@needs_engine
 def test_each_picture_is_scored_against_the_text_that_its_own_prompt_quotes():
     reward = REWARDS["ocr"].make(OcrOptions(workers=1, limit_side_len=128), None)
     drawn = [["Hello World", "Good day"], ["Good day", "Good dog"]]
@@ -46,7 +42,6 @@ def test_each_picture_is_scored_against_the_text_that_its_own_prompt_quotes():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@needs_engine
 def test_a_failure_is_nan_inside_a_jitted_function():
     reward = REWARDS["ocr"].make(OcrOptions(workers=1, limit_side_len=128, timeout=0.1), None)
     large = np.zeros((1, 1, 1024, 1024, 3), np.float32)  # takes longer
@@ -59,12 +54,10 @@ def test_what_could_not_be_read_is_nan_and_what_shows_nothing_is_zero():
     np.testing.assert_array_equal(found, [np.nan, 0.0, 1.0])
 
 
-@needs_engine
 def test_prompts_travel_whole():
     assert decode_prompts(prepare({}, PROMPTS)) == PROMPTS
 
 
-@needs_engine
 @pytest.mark.parametrize("text", ["a red cat", 'a sign that says ""', "the dog's “ ” sign"])
 def test_a_prompt_that_quotes_nothing_is_refused_by_name(text):
     with pytest.raises(ConfigError) as refused:
