@@ -134,7 +134,8 @@ def test_files_of_a_sample(tmp_path):
     )
     sampling.run(request, tmp_path)
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == [*(f"{i:05d}.png" for i in range(6)), "grid.png", "latents.npy"]
+    images = [f"{i:05d}.png" for i in range(6)]
+    assert names == [*images, "grid.png", "images.jsonl", "latents.npy"]
     assert np.load(tmp_path / "latents.npy").shape == (6, 4, 16, 16)
     with Image.open(tmp_path / "00000.png") as image:
         assert image.size == (64, 64)

@@ -91,7 +91,10 @@ def load(directory, values: dict, dtype=jnp.float32, **options):
         tensors = LAYOUTS[kind](tensors)
     elif kind in ("clip_vision_model", "blip_vision_model"):  # saved by themselves only here
         tensors = {name.removeprefix("vision_model."): a for name, a in tensors.items()}
-    return module, from_torch(tensors, boxes, ignore=KINDS[kind].ignored, dtype=dtype)
+    ignored = KINDS[kind].ignored
+    if options.get("tokens"):
+        ignored += (r"head\..*",)  # SigLIP's pooling, which tokens do not go through
+    return module, from_torch(tensors, boxes, ignore=ignored, dtype=dtype)
 
 
 def run_torch(model: torch.nn.Module, images: np.ndarray, square: bool) -> torch.nn.Module:
