@@ -188,15 +188,17 @@ def test_a_worker_that_was_killed_is_replaced_and_the_picture_read(readers):
 
 
 def test_a_picture_whose_workers_all_die_is_unread(readers):
-    over = threading.Event()
+    begun, over = threading.Event(), threading.Event()
 
     def kill_all():
         while not over.wait(0.05):
             for pid in worker_pids():
                 os.kill(pid, signal.SIGKILL)
+            begun.set()
 
     killer = threading.Thread(target=kill_all)
     killer.start()
+    begun.wait()  # a worker that runs already would be faster than the first round
     try:
         assert readers.read([picture("Hello")]) == [None]
     finally:

@@ -178,6 +178,16 @@ def start(directory, cache, *flags):
     )
 
 
+@pytest.fixture
+def remote():
+    """Flags that add the reward of launch/reward_server.py, which runs meanwhile."""
+    command = [sys.executable, ROOT / "launch" / "reward_server.py", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        url = server.stdout.readline().strip()
+        yield ["--config.rewards.remote.weight=0.5", f"--config.rewards.remote.url={url}"]
+        server.kill()
+
+
 def finish(process):
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
@@ -203,13 +213,16 @@ def stored_state(directory, step):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, own_cache):
-    """SIGTERM, then kill -9, then to the end: bit for bit the run that was left alone."""
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, own_cache, remote):
+    """SIGTERM, then kill -9, then to the end: bit for bit the run that was left alone.
+
+    A server judges as well: what was under way when the run died is asked again.
+    """
     alone, hurt = tmp_path / "alone", tmp_path / "hurt"
-    code, output = finish(start(alone, own_cache))
+    code, output = finish(start(alone, own_cache, *remote))
     assert code == 0, output
 
-    process = start(hurt, own_cache)
+    process = start(hurt, own_cache, *remote)
     wait_for_line(hurt, process, 1)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
@@ -217,12 +230,12 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, own_cache):
     assert "the same command resumes it" in output
     assert not (hurt / "eval.json").exists()
 
-    process = start(hurt, own_cache)
+    process = start(hurt, own_cache, *remote)
     wait_for_line(hurt, process, 5)
     process.kill()
     finish(process)
 
-    code, output = finish(start(hurt, own_cache))
+    code, output = finish(start(hurt, own_cache, *remote))
     assert code == 0, output
     assert "Resuming after iteration" in output
     assert without_times(read_metrics(hurt)) == without_times(read_metrics(alone))
