@@ -280,14 +280,16 @@ class _Log:
 
     def __init__(self, writer: MetricWriter, progress: Progress, config: schema.Config):
         self._writer, self._progress, self._config = writer, progress, config
-        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._pending: tuple[int, dict[str, Array], float | None] | None = None
         self._last = time.perf_counter()
         self._warned: set[str] = set()
 
-    def add(self, step: int, metrics: dict[str, Array]) -> None:
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes the numbers of `step`, writes those of the step before."""
+        # A step that asks the host in the middle may run while it is dispatched (on CPUs it does).
+        done = time.perf_counter() if all(v.is_ready() for v in metrics.values()) else None
         self.flush()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, done)
 
     def flush(self) -> None:
         """Writes what is pending.
@@ -297,10 +299,10 @@ class _Log:
         """
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, done = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
+        now = done or time.perf_counter()
         values["time/step_seconds"] = now - self._last
         batch = self._config.batch
         values["time/images_per_second"] = batch.groups * batch.group_size / (now - self._last)

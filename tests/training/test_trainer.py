@@ -282,6 +282,7 @@ def test_a_judge_that_fails_is_left_out_and_stops_a_run_that_it_fails_too_often(
     lines = read_metrics(tmp_path / "few")
     assert [line["failures/flaky"] for line in lines] == [0.0, 0.125, 0.125, 0.0]
     assert all(line["policy/skipped"] == 0.0 and line["policy/grad_norm"] > 0 for line in lines)
+    assert all(line["time/step_seconds"] > 0.01 for line in lines)  # the last one's too
 
     failing.update({"images": 4, "calls": 0, "at": (4,)})
     message = r"'flaky' could not judge 50% of the images of iteration 2, .*max_failures = 25%"
