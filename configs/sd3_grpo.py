@@ -57,9 +57,8 @@ def get_config() -> ConfigDict:
     config.optimizer.update({"ema_every": 8, "ema_repeats": 2, "ema_warmup": True})
     config.batch.update({"groups": 48, "group_size": 24})
     config.batch.update({"rollout_images": 4, "decode_images": 1, "update_images": 1})
-    # Every chip holds the frozen weights whole, so that no layer waits for its own. With all else
-    # 11.6 GB of a v5e's 17.2 were compiled with PickScore in bfloat16; it takes 1.3 GB more now.
-    # With trainable.mode=full take fsdp=16.
+    # Every chip holds the frozen weights whole, so that no layer waits for its own: with all else
+    # 14.3 GB of a v5e's 17.2, as compiled by pec_jax.aot. With trainable.mode=full take fsdp=16.
     config.mesh.update({"data": -1, "fsdp": 1})
     config.eval.update({"num_prompts": 256, "images_per_prompt": 8, "groups": 16})
     config.eval.update({"sample_columns": 8})

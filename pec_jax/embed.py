@@ -41,9 +41,11 @@ _OUT = command_line.required_string("out", "Directory to write to.")
 def main(argv: list[str]) -> None:
     """Parses, embeds; a mistake of the user becomes one sentence and exit status 2."""
     command_line.refuse_arguments(argv)
-    from pec_jax.data import encode_prompts  # imports jax; --help and typos need not wait
+    from pec_jax import compilation  # imports jax; --help and typos need not wait
+    from pec_jax.data import encode_prompts
 
     with exit_on_user_error():
+        compilation.keep_programs()
         encode_prompts.run(
             _MODEL.value,
             _PROMPTS.value,

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
 
     with exit_on_user_error():
         from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
+        from pec_jax import compilation
         from pec_jax.distributed import processes as hosts
         from pec_jax.training import trainer as train
 
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> None:
             hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         else:
             hosts.refuse_unjoined_process()
+        compilation.keep_programs()
         train.train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CONFIG_CHANGE.value)
 
 

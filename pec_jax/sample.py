@@ -67,9 +67,11 @@ def main(argv: list[str]) -> None:
     command_line.refuse_arguments(argv, hint=" Quote the prompt.")
     if not _PROMPT.value and not _PROMPTS.value:
         raise app.UsageError("--prompt or --prompts is missing; see --help.")
-    from pec_jax.inference import draw  # imports jax; --help and typos need not wait
+    from pec_jax import compilation  # imports jax; --help and typos need not wait
+    from pec_jax.inference import draw
 
     with exit_on_user_error():
+        compilation.keep_programs()
         draw.run(
             draw.Request(
                 model=_MODEL.value,

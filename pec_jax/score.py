@@ -54,10 +54,12 @@ def main(argv: list[str]) -> None:
     command_line.refuse_arguments(argv)
     from pathlib import Path
 
-    from pec_jax.inference import score  # imports jax; --help and typos need not wait
+    from pec_jax import compilation  # imports jax; --help and typos need not wait
+    from pec_jax.inference import score
 
     with exit_on_user_error():
         import_plugins(flags.FLAGS.plugin)
+        compilation.keep_programs()
         score.run(
             score.Request(
                 images=Path(io.path(_IMAGES.value)),

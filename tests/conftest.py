@@ -152,9 +152,15 @@ def on_eight_devices(function: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Prompt sets and compiled programs are cached outside of the user's home."""
+    """Prompt sets and compiled programs are cached outside of the user's home.
+
+    What a test compiles the next one finds, in this process and in those that it starts.
+    """
+    from pec_jax import compilation
+
     directory = tmp_path_factory.mktemp("cache")
     os.environ["PEC_JAX_CACHE"] = str(directory)
+    compilation.keep_programs()
     return directory
 
 
