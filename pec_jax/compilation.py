@@ -10,13 +10,13 @@ MAX_BYTES = 4 * 2**30  # of all programs together; those unused the longest go f
 
 
 def keep_programs() -> None:
-    """Turns on JAX's persistent cache in the user's cache directory; call it before any program runs.
+    """Turns on JAX's persistent cache, in the user's cache directory, before any program runs.
 
-    JAX tells programs apart by their code, the versions of JAX and its compiler, the devices and the
-    compiler's flags. A directory that the user has chosen (JAX_COMPILATION_CACHE_DIR) stays, and so
-    does JAX_ENABLE_COMPILATION_CACHE=false. A directory that cannot be written costs a warning.
+    JAX tells programs apart by their code, the versions of JAX and its compiler, the devices and
+    the compiler's flags. A directory that the user has chosen (JAX_COMPILATION_CACHE_DIR) stays,
+    and so does JAX_ENABLE_COMPILATION_CACHE=false.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         directory = io.cache_directory() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
