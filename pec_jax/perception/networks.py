@@ -79,7 +79,7 @@ class Networks:
             self.place,
             self.weights,
             architecture=architecture,
-            tokenizers=(self.locate(tokenizer) if tokenizer else self.own.parent / "tokenizer",),
+            tokenizers=self._tokenizers(tokenizer),
             rounding=self.rounding,
         )
         # One model's weights serve several encoders, which may differ in how they see an image.
@@ -89,6 +89,11 @@ class Networks:
             self.variables.setdefault(key, variables)
             self._encoders[encoder_key] = encoder
         return self._encoders[encoder_key]
+
+    def _tokenizers(self, name: str) -> tuple[Path, ...]:
+        if not self.weights:
+            return ()  # shapes encode no text, and what they lie in has no tokenizer
+        return (self.locate(name) if name else self.own.parent / "tokenizer",)
 
     def head(self, path: Path, dim: int) -> str:
         """The affine head in a file or directory, see `heads`.
