@@ -7,8 +7,8 @@ those of the table, on a seed and on prompts that are not reported; then all row
 trained for every seed and each reward; then the tables, figures and reports are made. Finished runs
 are skipped and interrupted ones resume, so the command can be killed and rerun at any time.
 `--quick` is a version of ten minutes: one reward, a few rows, with the parameters that were chosen
-before. `--from_archive` makes the tables from the runs that are kept in runs.tar.xz beside them, in
-two minutes and without training.
+before. `--from_archive` starts from the runs that are kept in runs.tar.xz beside the tables, and
+trains what is missing there; where nothing is, it takes two minutes.
 """
 
 from __future__ import annotations
