@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from benchmarks.setups import Setup, as_compiled, shared_spaces
-from benchmarks.timing import Contestant, compiled_memory
+from benchmarks.timing import Contestant, compiled_memory, library_kernels
 from pec_jax.distributed import mesh as sharding
 from pec_jax.profiling import flops
 from pec_jax.rl.rollout import map_images, rollout
@@ -29,6 +29,7 @@ class Compiled:
     flops: int  # over all devices together
     compile_s: float
     memory_gib: float | None  # of one device, by the compiler
+    kernels: dict[str, int]  # of libraries, how often each stands in the program
     output: Any = None  # of the first run, where it is an input of what follows
 
 
@@ -157,7 +158,7 @@ def _stateful(step: Any, function: Callable, setup: Setup, *rest: PyTree) -> Com
         jax.block_until_ready((holder[0], metrics))
 
     run()
-    return Compiled(run, count, seconds, compiled_memory(executable))
+    return Compiled(run, count, seconds, compiled_memory(executable), library_kernels(executable))
 
 
 def _pure(setup: Setup, function: Callable, *arguments: PyTree) -> Compiled:
@@ -170,7 +171,8 @@ def _pure(setup: Setup, function: Callable, *arguments: PyTree) -> Compiled:
         jax.block_until_ready(executable(*arguments))
 
     output = jax.block_until_ready(executable(*arguments))
-    return Compiled(run, count, seconds, compiled_memory(executable), output)
+    kernels = library_kernels(executable)
+    return Compiled(run, count, seconds, compiled_memory(executable), kernels, output)
 
 
 def _flops(setup: Setup, function: Callable, *arguments: PyTree) -> int:

@@ -7,7 +7,8 @@
         --peak_tflops=989 --config.batch.groups=2 --config.batch.group_size=8
 
 Everything named is compiled, run once, and then timed in turns, so that a drift of the machine hits
-all alike; medians are reported. Prints a table and, as its last line, one JSON object.
+all alike; medians are reported. Prints a table and, as its last line, one JSON object. Ctrl-C while
+torch compiles leaves that out; while the rounds run, it ends them: what was measured is shown.
 
 The step is timed as a run has it: one program, on the mesh of the config, its state donated. The
 phases are compiled by themselves, and so do not add up to it exactly.
@@ -25,14 +26,19 @@ measures the perceptual entropy all the same, to log it. "CONSTRAINTS, unmeasure
 encoder and no estimator in it: for none that is plain Flow-GRPO's iteration, the fair denominator
 of what a constraint costs.
 
+--also=FIELD=VALUE,... times the config with other fields too, such as
+--also=model.remat=none,batch.update_images=4; may be given several times. One that does not fit the
+device's memory is left out and said.
+
 --torch: the same iteration with diffusers' and transformers' networks and the same weights, see
-torch_reference.py; on one device. On a CPU time it on an idle machine only: where another process
-holds a core, torch's threads wait for one another, and one thread can be many times faster than
-two; --torch_threads=1 --torch_threads=2 times both.
+torch_reference.py; on one device. compiled: each network whole; blocks: the transformer's blocks,
+which takes a fraction of the time to compile. On a CPU time it on an idle machine only: where
+another process holds a core, torch's threads wait for one another, and one thread can be many times
+faster than two; --torch_threads=1 --torch_threads=2 times both.
 
 --random fills the shapes of the config's models with random numbers, those of published models too
-(`pec_jax.families.registry`), and reads no weights. At the size of SD3.5-M let the groups be few
-on one GPU, as above: the iteration of the paper is 0.24 EFLOP.
+(`pec_jax.families.registry`), and reads no weights; torch then draws its own. At the size of
+SD3.5-M let the groups be few on one GPU, as above: the iteration of the paper is 0.24 EFLOP.
 """
 
 from __future__ import annotations
@@ -65,17 +71,20 @@ _RUNS = flags.DEFINE_integer("runs", 20, "Timed rounds.", lower_bound=1)
 _PHASES = flags.DEFINE_bool("phases", True, "Time the phases too, not only whole steps.")
 _AGAINST = flags.DEFINE_string("against", "", "Other constraints: none, or such as kl.weight=0.01.")
 _ESTIMATORS = flags.DEFINE_list("estimators", [], "Time the config with each of these.")
-_TORCH = flags.DEFINE_list("torch", [], "Time torch too: eager, compiled, or both.")
+_ALSO = flags.DEFINE_multi_string("also", [], "Time the config with other fields, F=V,F=V.")
+_TORCH = flags.DEFINE_list("torch", [], "Time torch too: some of eager, compiled, blocks.")
 _THREADS = flags.DEFINE_multi_integer(
     "torch_threads", None, "CPU threads of torch; given several times, each is timed; default all."
 )
 _RANDOM = flags.DEFINE_bool("random", False, "Random weights of the shapes of the models.")
 _PEAK = flags.DEFINE_float("peak_tflops", None, "Peak of one device, TFLOP/s.", lower_bound=0.0)
+_REQUIRE = flags.DEFINE_list("require", [], "Kernels that the step must have; else exit code 1.")
 _JSON = flags.DEFINE_string("json", "", "Write the JSON object to this file instead.")
 
 PEAK = "large matrix product"  # the contestant that the peak is measured with
 STEP = "step"
 UNMEASURED = ", unmeasured"
+TORCH_KINDS = ("eager", "compiled", "blocks")
 
 
 @dataclasses.dataclass
@@ -86,12 +95,14 @@ class Contest:
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, compiled: contestants.Compiled) -> None:
-        """Enters something compiled."""
+        """Enters something compiled, and says so."""
+        print(f"{name}: compiled in {compiled.compile_s:.1f} s", file=sys.stderr)
         self.run[name] = compiled.run
         self.facts[name] = {
             "flops": compiled.flops,
             "compile_s": compiled.compile_s,
             "program_gib": compiled.memory_gib,
+            "kernels": compiled.kernels,
         }
 
 
@@ -108,6 +119,8 @@ def ours(setup: setups.Setup) -> tuple[Contest, dict[str, list[str]]]:
         variant = setups.with_estimator(setup, estimator)
         contest.add(name, contestants.whole_step(variant))
         kinds["methods"].append(name)
+    for other in _ALSO.value:
+        _add_variant(contest, setup, other, kinds["methods"])
     if other := _AGAINST.value:
         variant = setups.with_constraints(setup, setups.constraint_sections(other))
         contest.add(other, contestants.whole_step(variant))
@@ -117,6 +130,19 @@ def ours(setup: setups.Setup) -> tuple[Contest, dict[str, list[str]]]:
             contest.add(other + UNMEASURED, contestants.whole_step(variant))
             kinds["against"].append(other + UNMEASURED)
     return contest, kinds
+
+
+def _add_variant(contest: Contest, setup: setups.Setup, other: str, names: list[str]) -> None:
+    """Enters the step with other fields, unless the device has no memory for it."""
+    variant = setups.with_fields(setup, setups.fields_of(other))
+    try:
+        contest.add(f"{STEP}, {other}", contestants.whole_step(variant))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{other} does not fit the device's memory and is left out: {_first_line(error)}")
+        return
+    names.append(f"{STEP}, {other}")
 
 
 def add_torch(contest: Contest, setup: setups.Setup) -> list[str]:
@@ -137,10 +163,12 @@ def add_torch(contest: Contest, setup: setups.Setup) -> list[str]:
     # Each contestant is one more version of the same code, and must not be left to run eagerly.
     torch._dynamo.config.recompile_limit = 64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models, names = torch_models.load(setup, device), []
+    start = time.perf_counter()
+    models, names = torch_models.load(setup, device, drawn=_RANDOM.value), []
+    print(f"torch's networks: there in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     cores = len(os.sched_getaffinity(0))
     for kind, threads in itertools.product(_TORCH.value, _THREADS.value or [cores]):
-        step = torch_reference.TorchStep(setup, models, compiled=kind == "compiled")
+        step = torch_reference.TorchStep(setup, models, kind=kind)
 
         def run(step=step, threads=threads):
             torch.set_num_threads(threads)
@@ -151,18 +179,23 @@ def add_torch(contest: Contest, setup: setups.Setup) -> list[str]:
         try:
             run()
         except RuntimeError as error:  # what torch.compile raises derives from it
-            if kind != "compiled":
+            if kind == "eager":
                 raise
             print(f"torch.compile does not work here, {kind} is left out: {_first_line(error)}")
             continue
+        except KeyboardInterrupt:
+            print(f"{name}: stopped after {time.perf_counter() - start:.0f} s, and left out.")
+            break
         contest.run[name] = run
         contest.facts[name] = {"compile_s": time.perf_counter() - start}
+        print(f"{name}: ran once in {contest.facts[name]['compile_s']:.1f} s", file=sys.stderr)
         names.append(name)
     return names
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def peak_flops(setup: setups.Setup, seconds: list[float], work: float) -> dict[str, Any]:
@@ -262,15 +295,20 @@ def show(result: Mapping[str, Any]) -> None:
             f"{found['median_of_rounds']:.4f}){work}"
         )
     memory = result["memory"]
-    print(f"peak memory {memory['gib']:.2f} GiB: {memory['of']}\n")
+    torch_peak = f"; torch {memory['torch_gib']:.2f} GiB" if "torch_gib" in memory else ""
+    print(f"peak memory {memory['gib']:.2f} GiB: {memory['of']}{torch_peak}")
+    kernels = result["rows"][STEP]["kernels"]
+    print(f"library kernels in the {STEP}: {', '.join(f'{n} {k}' for k, n in kernels.items())}\n")
 
 
 def main(argv: list[str]) -> None:
     """Loads, measures, reports."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if unknown := set(_TORCH.value) - {"eager", "compiled"}:
-        raise app.UsageError(f"--torch is eager, compiled, or both, not {', '.join(unknown)}.")
+    if unknown := set(_TORCH.value) - set(TORCH_KINDS):
+        raise app.UsageError(
+            f"--torch is some of {', '.join(TORCH_KINDS)}, not {', '.join(sorted(unknown))}."
+        )
     if _TORCH.value:  # two libraries share one device's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with exit_on_user_error():
@@ -285,6 +323,8 @@ def main(argv: list[str]) -> None:
             Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         else:
             print(json.dumps(result))
+        if absent := set(_REQUIRE.value) - set(result["rows"][STEP]["kernels"]):
+            sys.exit(f"The {STEP} was compiled without {', '.join(sorted(absent))}.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pec_jax.config import Config, ConfigError
+from pec_jax.config import Config, ConfigError, from_config_dict, to_dict
 from pec_jax.config.registry import CONSTRAINTS
 from pec_jax.data.stream import PromptStream
 from pec_jax.distributed import mesh as sharding
@@ -104,10 +104,59 @@ def _normal(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding) ->
     def draw(seed, scale, offset):
         if not jnp.issubdtype(dtype, jnp.floating):
             return jnp.ones(shape, dtype) if dtype == jnp.bool_ else jnp.zeros(shape, dtype)
-        noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+        # One instruction, where the default generator is a page of code to compile for each shape.
+        noise = jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.float32)
         return (noise * scale + offset).astype(dtype)
 
     return jax.jit(draw, out_shardings=where)
+
+
+def with_fields(setup: Setup, fields: Mapping[str, Any]) -> Setup:
+    """The same weights and prompts under a config with other fields: pieces, remat, updates.
+
+    Args:
+      setup: of which all arrays stay.
+      fields: by their paths in the config, {"batch.update_images": 4}.
+
+    Raises:
+      ConfigError: a field that does not exist, a value it cannot have, or one that asks for arrays
+        of other shapes.
+    """
+    values = to_dict(setup.config)
+    for path, value in fields.items():
+        *sections, name = path.split(".")
+        functools.reduce(lambda s, key: s.setdefault(key, {}), sections, values)[name] = value
+    config = from_config_dict(values)
+    mesh, program, arguments, shardings = ahead.abstract_step(config, jax.devices())
+    # A published network is known by a temporary path, which is another one here.
+    needed, there = (arguments.state.params, arguments.frozen), (setup.params, setup.frozen)
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (needed, there)]
+    if shapes[0] != shapes[1] or config.batch.groups != setup.config.batch.groups:
+        raise ConfigError(f"{', '.join(fields)}: asks for other weights or another batch.")
+    params, frozen = jax.tree.unflatten(jax.tree.structure(needed), jax.tree.leaves(there))
+    return Setup(config, program, mesh, shardings, params, frozen, setup.batch, setup.key)
+
+
+def fields_of(text: str) -> dict[str, Any]:
+    """Fields and their values from "model.remat=none,batch.update_images=4".
+
+    Raises:
+      ConfigError: something else.
+    """
+    found = {}
+    for part in text.split(","):
+        path, equals, value = part.partition("=")
+        if not (path and equals):
+            raise ConfigError(f"{text!r}: give FIELD=VALUE, with commas between them.")
+        found[path] = _literal(value)
+    return found
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a word
+        return value
 
 
 def constraint_sections(text: str) -> dict[str, dict[str, Any]]:
@@ -125,11 +174,7 @@ def constraint_sections(text: str) -> dict[str, dict[str, Any]]:
                 f"--against is {text!r}; give none, or fields of config.constraints such as "
                 "kl.weight=0.01, with commas between them."
             )
-        try:
-            parsed = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a word
-            parsed = value
-        sections.setdefault(name, {})[field] = parsed
+        sections.setdefault(name, {})[field] = _literal(value)
     return sections
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import re
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +37,7 @@ def interleave(
     """Times all contestants in turns, so that a drift of the machine hits all of them alike.
 
     Each round begins with another one, for a contestant may leave caches and threads to its
-    successor in a state that costs time.
+    successor in a state that costs time. Ctrl-C ends it with the rounds that are complete.
 
     Args:
       contestants: name -> what to time; each has run once already.
@@ -44,17 +47,27 @@ def interleave(
       Name -> seconds of each round, and name -> its own split of them, where it gives one.
     """
     names = list(contestants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    parts: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
-    for turn in range(runs):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            split = contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
-            if split is not None:
-                parts[name].append(split)
-    return seconds, parts
+    rounds: list[dict[str, tuple[float, Mapping[str, float] | None]]] = []
+    try:
+        for turn in range(runs):
+            first = turn % len(names)
+            timed = {n: _timed(contestants[n]) for n in names[first:] + names[:first]}
+            rounds.append(timed)
+            shown = ", ".join(f"{name} {timed[name][0]:.4g} s" for name in names)
+            print(f"round {turn + 1} of {runs}: {shown}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+    seconds = {name: [timed[name][0] for timed in rounds] for name in names}
+    splits = {name: [timed[name][1] for timed in rounds] for name in names}
+    return seconds, {n: [s for s in found if s is not None] for n, found in splits.items()}
+
+
+def _timed(contestant: Contestant) -> tuple[float, Mapping[str, float] | None]:
+    """Seconds that it takes, and its own split of them."""
+    start = time.perf_counter()
+    split = contestant()
+    return time.perf_counter() - start, split
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -116,3 +129,16 @@ def compiled_memory(executable: Any) -> float | None:
         return None
     total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
     return (total - sizes.alias_size_in_bytes) / 2**30
+
+
+# How a compiled program names the kernels that it takes from libraries, and those it generates for
+# matrix products: `custom_call_target="__cudnn$fmhaSoftmax"`, `"kind":"__triton_gemm"`.
+_KERNEL = re.compile(r'(?:custom_call_target=|"kind":)"(__?[\w$]+)"')
+
+
+def library_kernels(executable: Any) -> dict[str, int]:
+    """Name of each library kernel in a compiled program -> how often it stands there.
+
+    A kernel in a loop counts once.
+    """
+    return dict(sorted(collections.Counter(_KERNEL.findall(executable.as_text())).items()))

@@ -5,6 +5,7 @@ Only the LoRA layer is ours: peft's does the same, with more around it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import tempfile
@@ -29,12 +30,15 @@ from pec_jax.weights.convert import to_torch
 from pec_jax.weights.lora_files import lora_to_torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NETWORKS = {c.__name__: c for c in (diffusers.SD3Transformer2DModel, diffusers.AutoencoderKL)}
 _ENCODERS: dict[str, tuple[Any, Any]] = {
     "clip": (transformers.CLIPConfig, transformers.CLIPModel),
     "vit": (transformers.ViTConfig, transformers.ViTModel),
     "dinov2": (transformers.Dinov2Config, transformers.Dinov2Model),
 }
 transformers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()  # the text towers are absent, which is no news
 _MODES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 
 
@@ -66,8 +70,14 @@ class Models:
     device: torch.device
 
 
-def load(setup: Setup, device: torch.device) -> Models:
+def load(setup: Setup, device: torch.device, *, drawn: bool = False) -> Models:
     """The setup's networks, from the config files of its models and its own arrays.
+
+    Args:
+      setup: what ours runs with.
+      device: for all of them.
+      drawn: keeps the random numbers of a new network instead of copying the setup's: at full size
+        that takes half a minute less, and no time depends on them.
 
     Raises:
       ConfigError: not Stable Diffusion 3 with a LoRA, or an encoder of another kind.
@@ -77,22 +87,19 @@ def load(setup: Setup, device: torch.device) -> Models:
     encoders, preprocess = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         root = config_files(config.model.path, Path(scratch) / "pipeline", pipeline=True)
+        frozen = {} if drawn else {"transformer": setup.frozen.transformer, "vae": setup.frozen.vae}
         transformer = _diffusers(
-            diffusers.SD3Transformer2DModel,
-            root / "transformer",
-            setup.frozen.transformer,
-            DTYPES[config.model.dtype],
+            root / "transformer", frozen.get("transformer"), config.model.dtype, device
         )
-        vae = _diffusers(
-            diffusers.AutoencoderKL, root / "vae", setup.frozen.vae, DTYPES[config.model.vae_dtype]
-        )
+        vae = _diffusers(root / "vae", frozen.get("vae"), config.model.vae_dtype, device)
         for key, (name, model) in _networks(setup).items():
             directory = root / "encoders" / name
             if model:
                 directory = config_files(model, Path(scratch) / name, pipeline=False)
-            encoders[key], preprocess[key] = _encoder(directory, setup.frozen.networks[key])
+            variables = None if drawn else setup.frozen.networks[key]
+            with device:
+                encoders[key], preprocess[key] = _encoder(directory, variables)
             encoders[key].to(device, DTYPES[config.model.encoder_dtype])
-    transformer.to(device)
     if config.model.remat == "full":
         transformer.enable_gradient_checkpointing()
     # Convolutions are faster with channels last, as they are in ours.
@@ -117,38 +124,50 @@ def _check(config: Config) -> None:
         raise ConfigError("--torch has nothing like config.model.remat=dots: use none or full.")
 
 
-def _diffusers(network: Any, directory: Path, variables: PyTree, dtype: torch.dtype) -> nn.Module:
-    config = read_json(directory / "config.json")
-    if config.get("_class_name") != network.__name__:
+def _diffusers(
+    directory: Path, variables: PyTree | None, dtype: str, device: torch.device
+) -> nn.Module:
+    """The network of a directory's config.json, with these weights or with new ones."""
+    config, found = read_json(directory / "config.json"), None
+    network = _NETWORKS.get(name := config.get("_class_name"))
+    if network is None:
         raise ConfigError(
-            f"--torch knows {network.__name__} alone, but {directory.name} is a "
-            f"{config.get('_class_name')}: leave --torch out."
+            f"--torch knows {', '.join(_NETWORKS)}, but {directory.name} is a {name}: leave "
+            "--torch out."
         )
-    module = network.from_config(config)
-    tensors = {name: tensor.to(dtype) for name, tensor in _tensors(variables).items()}
-    found = module.load_state_dict(tensors, strict=False, assign=True)
-    parameters = {name for name, _ in module.named_parameters()}
-    _complain(network, [*parameters & set(found.missing_keys), *found.unexpected_keys])
-    return module.requires_grad_(False).eval()
+    with device:  # where numbers are drawn faster than on the host
+        module = network.from_config(config)
+    if variables is not None:
+        found = module.load_state_dict(_tensors(variables), strict=False, assign=True)
+        parameters = {name for name, _ in module.named_parameters()}
+        _complain(network, [*parameters & set(found.missing_keys), *found.unexpected_keys])
+    return module.to(device, DTYPES[dtype]).requires_grad_(False).eval()
 
 
-def _encoder(directory: Path, variables: PyTree) -> tuple[nn.Module, Preprocessor]:
+def _encoder(directory: Path, variables: PyTree | None) -> tuple[nn.Module, Preprocessor]:
     config = read_json(directory / "config.json")
     kind = config["model_type"]
     if kind not in _ENCODERS:
         raise ConfigError(f"--torch knows encoders of kind {', '.join(_ENCODERS)}, not {kind}.")
+    if "text_config" in config:  # nothing is ever encoded by it, and to draw its numbers takes time
+        config["text_config"] |= {"num_hidden_layers": 1}
     config_class, network = _ENCODERS[kind]
-    # The files' names of tensors are not those of the module: its loader translates them.
-    module, found = network.from_pretrained(
-        None,
-        config=config_class.from_dict(config),
-        state_dict=_tensors(variables),
-        output_loading_info=True,
-        **({"add_pooling_layer": False} if kind == "vit" else {}),
-    )
-    missing = {name for name in found["missing_keys"] if not name.startswith("text_")}  # unused
-    missing -= {"embeddings.mask_token"}
-    _complain(network, [*missing, *found["unexpected_keys"]])
+    settings = config_class.from_dict(config)
+    options = {"add_pooling_layer": False} if kind == "vit" else {}
+    if variables is None:
+        module = network(settings, **options)
+    else:
+        # The files' names of tensors are not those of the module: its loader translates them.
+        module, found = network.from_pretrained(
+            None,
+            config=settings,
+            state_dict=_tensors(variables),
+            output_loading_info=True,
+            **options,
+        )
+        missing = {name for name in found["missing_keys"] if not name.startswith("text_")}  # unused
+        missing -= {"embeddings.mask_token"}
+        _complain(network, [*missing, *found["unexpected_keys"]])
     preprocess = Preprocessor.from_dict(read_json(directory / "preprocessor_config.json"), kind)
     return module.requires_grad_(False).eval(), preprocess
 
@@ -171,6 +190,12 @@ def to_tensor(array: Any) -> Tensor:
     if array.dtype.name == "bfloat16":  # torch does not read NumPy's extension types
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """Modules of their own around the same parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def add_lora(transformer: nn.Module, config: Config) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -41,9 +42,13 @@ class Trajectory:
 
 
 class TorchStep:
-    """Models, optimizer and EMA, and the phases of an iteration as methods."""
+    """Models, optimizer and EMA, and the phases of an iteration as methods.
 
-    def __init__(self, setup: Setup, models: Models, *, compiled: bool = False):
+    `kind` is "eager", "compiled", every network whole by torch.compile, or "blocks", the
+    transformer's blocks alone, one by one: nearly as fast, and many times faster to compile.
+    """
+
+    def __init__(self, setup: Setup, models: Models, *, kind: str = "eager"):
         functions.check(setup.config)
         self.config, self.program, self.models = setup.config, setup.program, models
         sampler = setup.program.learner.policy.sampler
@@ -59,8 +64,13 @@ class TorchStep:
         self.negative = self._tensor(negative.tokens), self._tensor(negative.pooled)
         self.reward_inputs = {n: self._tensor(a) for n, a in batch.reward_inputs.items() if a.size}
         # Each of the few shapes gets its own code: faster than one code for all of them.
-        wrap = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
+        compiled = functools.partial(torch.compile, dynamic=False)
+        wrap = compiled if kind == "compiled" else (lambda f: f)
         self._transformer = wrap(models.transformer)
+        if kind == "blocks":
+            self._transformer = torch_models.shared_copy(models.transformer)
+            for block in self._transformer.transformer_blocks:
+                block.compile(dynamic=False)
         self._decode = wrap(lambda latents: models.vae.decode(latents).sample)
         self._features = {
             name: wrap(lambda pixels, encoder=encoder: torch_models.features(encoder, pixels))

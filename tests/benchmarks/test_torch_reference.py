@@ -185,3 +185,31 @@ def test_other_constraints_are_given_as_fields(setup):
         setups.constraint_sections("kl")
     with pytest.raises(ConfigError, match=r"config.constraints.*'klo'"):
         setups.with_constraints(setup, {"klo": {"weight": 1.0}})
+
+
+def test_the_same_weights_run_under_other_fields(setup):
+    fields = setups.fields_of("batch.update_images=2,model.remat=full")
+    assert fields == {"batch.update_images": 2, "model.remat": "full"}
+    variant = setups.with_fields(setup, fields)
+    assert variant.config.batch.update_images == 2 and variant.config.model.remat == "full"
+    for ours, theirs in zip(jax.tree.leaves(setup.params), jax.tree.leaves(variant.params)):
+        assert ours is theirs
+    with pytest.raises(ConfigError, match="other weights or another batch"):
+        setups.with_fields(setup, {"batch.groups": 4})
+    with pytest.raises(ConfigError, match="'update_image'"):
+        setups.with_fields(setup, {"batch.update_image": 4})
+    with pytest.raises(ConfigError, match="give FIELD=VALUE"):
+        setups.fields_of("batch.update_images")
+
+
+def test_a_copy_of_modules_shares_its_numbers(theirs):
+    copy = torch_models.shared_copy(theirs.models.transformer)
+    assert copy.transformer_blocks[0] is not theirs.models.transformer.transformer_blocks[0]
+    pairs = zip(copy.parameters(), theirs.models.transformer.parameters(), strict=True)
+    assert all(a is b for a, b in pairs)
+
+
+def test_networks_with_numbers_of_their_own(setup):
+    models = torch_models.load(setup, torch.device("cpu"), drawn=True)
+    split = torch_reference.TorchStep(setup, models).iteration()
+    assert set(split) == {"rollout", "decode", "score", "entropy", "update"}

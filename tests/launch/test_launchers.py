@@ -19,7 +19,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-SHELL = ("run.sh", "tpu_vm.sh", "slurm.sbatch")
+SHELL = ("launch/run.sh", "launch/tpu_vm.sh", "launch/slurm.sbatch", "benchmarks/gpu.sh")
 YAML = ("jobset", "skypilot")
 ODD = """--config.a.b=two words, 'single', "double", $HOME `id` \\ * é"""
 
@@ -56,7 +56,7 @@ def test_shell_is_clean(name):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for command in (["bash", "-n"], ["shellcheck"]):
         done = subprocess.run(
-            [*command, LAUNCH / name], env={"PATH": path}, capture_output=True, text=True
+            [*command, ROOT / name], env={"PATH": path}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
