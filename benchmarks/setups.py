@@ -213,7 +213,7 @@ def with_estimator(setup: Setup, estimator: str) -> Setup:
       ConfigError: a name that does not exist.
     """
     perception = dataclasses.replace(setup.config.perception, estimator=estimator)
-    step_std = setup.program.learner.policy.sampler.step_std()
+    step_std = assemble.reached_std(setup.program.learner.policy.sampler)
     return dataclasses.replace(
         setup,
         config=dataclasses.replace(setup.config, perception=perception),

@@ -22,6 +22,7 @@ def check(config: Config) -> None:
     ]
     for field, values, known in (
         ("sampler.kernel", [config.sampler.kernel], KERNELS),
+        ("sampler.window_moves", [config.sampler.window_moves], ("never",)),
         ("objective.name", [config.objective.name], OBJECTIVES),
         ("constraints", constraints, CONSTRAINTS),
         ("constraints.pec.space", [config.constraints["pec"].space], ("perceptual",)),

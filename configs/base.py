@@ -56,6 +56,8 @@ def _model_and_data(config: ConfigDict) -> None:
             "guidance": 4.5,
             "window": (),
             "train_fraction": 0.99,  # Flow-GRPO never trains the last step
+            "window_moves": "never",
+            "window_iterations": 1,
             "noise": "trained",
             "log_density": "gaussian",
             "storage_dtype": "float32",

@@ -183,21 +183,8 @@ def overall(directories: Sequence[Path]) -> dict[Path, float]:
 
 
 def run_all(jobs: Sequence[sweep.Job], parallel: int) -> None:
-    """Runs what is missing, `parallel` at a time; ends the program if something fails.
-
-    Runs of one seed begin from one model, which is evaluated once: the first run's evaluation of
-    it is handed to the others.
-    """
-    first = {dict(one.overrides)["seed"]: one for one in reversed(jobs)}
-    failed = sweep.run_jobs(list(first.values()), parallel)
-    for one in jobs:
-        source = first[dict(one.overrides)["seed"]].directory
-        one.directory.mkdir(parents=True, exist_ok=True)
-        for name in ("eval_base.safetensors", "eval_base.json"):
-            if (source / name).exists() and not (one.directory / name).exists():
-                shutil.copy(source / name, one.directory / name)
-    failed += sweep.run_jobs(jobs, parallel)
-    if failed:
+    """Runs what is missing, `parallel` at a time; ends the program if something fails."""
+    if failed := sweep.run_from_one_base(jobs, parallel):
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
 
 

@@ -69,6 +69,11 @@ class SamplerConfig:
     train_fraction: float = field(
         "Automatic window: the first int(train_fraction * num_steps) steps.", low=0.0, high=1.0
     )
+    window_moves: str = field(
+        "Whether the window goes on by a step, begins again at the end (MixGRPO), or jumps.",
+        choices=("never", "forward", "at_random"),
+    )
+    window_iterations: int = field("Iterations before a window moves.", low=1)
     noise: str = field(
         "Which steps draw noise: the trained ones, or all of them.", choices=("trained", "all")
     )

@@ -12,6 +12,12 @@ def validate(config: Config) -> None:
     _check_window(config.sampler)
     _check_mesh(config.mesh)
     p = config.perception
+    if p.at == "steps" and config.sampler.window_moves != "never":
+        raise ConfigError(
+            f"config.sampler.window_moves is {config.sampler.window_moves!r} and "
+            "config.perception.at is 'steps': the entropy would change with the window and not "
+            "with the policy. Take config.perception.at=final."
+        )
     if p.estimator == "knn" and p.k >= config.batch.group_size:
         raise ConfigError(
             f"config.perception.k is {p.k}, but an image has only {config.batch.group_size - 1} "
@@ -53,6 +59,8 @@ def _check_window(sampler: SamplerConfig) -> None:
             f"config.sampler.noise_level is {sampler.noise_level}; of the kernel cps it is the "
             "share of the noise that is fresh: at most 1."
         )
+    if sampler.window_moves != "never":
+        _check_motion(sampler)
     if not sampler.window:
         return
     if len(sampler.window) != 2:
@@ -62,6 +70,20 @@ def _check_window(sampler: SamplerConfig) -> None:
         raise ConfigError(
             f"config.sampler.window is {sampler.window}; it must satisfy "
             f"0 <= start < stop <= num_steps ({sampler.num_steps})."
+        )
+
+
+def _check_motion(sampler: SamplerConfig) -> None:
+    moves = f"config.sampler.window_moves is {sampler.window_moves!r}"
+    if not sampler.window:
+        raise ConfigError(f"{moves}: give the window, such as config.sampler.window=(0,2).")
+    if sampler.kernel == "ode":
+        raise ConfigError(f"{moves}, but the kernel ode has no stochastic steps: take another.")
+    end = int(sampler.train_fraction * sampler.num_steps)
+    if sampler.window[-1] >= end:
+        raise ConfigError(
+            f"{moves}, but the window {sampler.window} already ends where it could go, at "
+            f"int(train_fraction * num_steps) = {end}: begin earlier, or take a shorter one."
         )
 
 

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from pec_jax.flow.transition import get_kernel, log_prob, ode, schedule_stds, squared_error
+from pec_jax.flow.window import Motion
 from pec_jax.types import Conditioning, PyTree, Trajectory, Transition
 
 GAUSSIAN, SQUARED_ERROR = "gaussian", "squared_error"
@@ -89,7 +90,10 @@ class FlowSampler:
         sigmas: [T + 1] float32 from 1 to 0.
         kernel: of the stochastic steps, by name; the others follow the ODE.
         noise_level: as the kernel takes it.
-        stochastic: [T] which steps are stochastic, and trained; () is none.
+        stochastic: [T] which steps are stochastic, and trained; () is none. Where they move, those
+            of the first iteration.
+        motion: how they move from iteration to iteration; None where they stay.
+        offset: steps that they have moved by, see `at`.
         storage_dtype: of the states. Each is rounded to it before anything else reads it.
         noise_everywhere: where any step is stochastic, the others draw noise as well, though they
             are not trained.
@@ -106,6 +110,8 @@ class FlowSampler:
     storage_dtype: Any = jnp.float32
     noise_everywhere: bool = False
     log_density: str = GAUSSIAN
+    motion: Motion | None = None
+    offset: ArrayLike = 0
 
     def __post_init__(self) -> None:
         get_kernel(self.kernel)
@@ -121,13 +127,32 @@ class FlowSampler:
         return len(self.sigmas) - 1
 
     @property
-    def trained_steps(self) -> np.ndarray:
+    def trained_steps(self) -> Int[np.ndarray | Array, " s"]:
         """Indices [S] of the stochastic steps."""
-        return np.flatnonzero(self.stochastic)
+        return np.flatnonzero(self.stochastic) + self.offset
 
-    def step_std(self) -> Float[Array, " s"]:
-        """Std of the policy at the trained steps; the schedule alone decides it."""
-        return schedule_stds(self.sigmas, self.kernel, self.noise_level)[self.trained_steps]
+    @property
+    def reached_steps(self) -> np.ndarray:
+        """Indices of the steps that are trained in some iteration."""
+        places = self.motion.places if self.motion else 1
+        first = np.flatnonzero(self.stochastic)
+        return np.unique(first[:, None] + np.arange(places))
+
+    def step_std(self, steps: Int[np.ndarray | Array, " s"] | None = None) -> Float[Array, " s"]:
+        """Std of the policy at some steps, those trained by default; the schedule decides it."""
+        stds = schedule_stds(self.sigmas, self.kernel, self.noise_level)
+        return stds[self.trained_steps if steps is None else steps]
+
+    def at(self, iteration: Int[Array, ""], key: Key[Array, ""]) -> FlowSampler:
+        """The sampler of an iteration; itself where the trained steps stay.
+
+        Args:
+            iteration: counted from 0.
+            key: of the run.
+        """
+        if self.motion is None:
+            return self
+        return dataclasses.replace(self, offset=self.motion.offset(iteration, key))
 
     def time_factor(self, taken: Transition) -> Array:
         """dt of a step, which the variance of an SDE's kernel has as a factor; -1 for `cps`."""
@@ -198,7 +223,10 @@ class FlowSampler:
         if self.noise_everywhere and any(noisy_steps):
             noisy_steps = (True,) * self.num_steps
         sigmas = jnp.asarray(self.sigmas, jnp.float32)
-        xs = (jnp.arange(self.num_steps), sigmas[:-1], sigmas[1:], jnp.asarray(noisy_steps))
+        noisy = jnp.asarray(noisy_steps)
+        if self.motion:
+            noisy = jnp.roll(noisy, self.offset)
+        xs = (jnp.arange(self.num_steps), sigmas[:-1], sigmas[1:], noisy)
 
         def advance(x_t, x):
             step, sigma, sigma_next, noisy = x

@@ -1,4 +1,4 @@
-"""Noise schedules: which sigmas a sampler visits, and which of its steps are stochastic.
+"""Noise schedules: which sigmas a sampler visits.
 
 A schedule is a decreasing array sigmas [T + 1] from 1 (noise) to 0 (image); step t goes from
 sigmas[t] to sigmas[t + 1]. Schedules are computed on the host in float64 and rounded once.
@@ -149,42 +149,6 @@ def from_scheduler_config(
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
     )
-
-
-def stochastic_steps(
-    num_steps: int, window: tuple[int, int] | None = None, train_fraction: float = 0.99
-) -> tuple[bool, ...]:
-    """Which steps add noise, and are therefore trained; the others follow the ODE.
-
-    Args:
-        num_steps: T.
-        window: the half-open range [start, stop) of stochastic steps, or None for the first
-            int(train_fraction * T). Flow-GRPO leaves out the last, nearly noiseless step;
-            Flow-GRPO-Fast and MixGRPO train a short window.
-        train_fraction: in (0, 1], used without a window.
-
-    Returns:
-        T booleans, static: a part of the program and not of its data.
-
-    Raises:
-        ValueError: where no step would be stochastic, or the window leaves [0, T].
-    """
-    _check_num_steps(num_steps)
-    if window is None:
-        if not 0 < train_fraction <= 1:
-            raise ValueError(f"train_fraction is {train_fraction}: it must lie in (0, 1].")
-        window = (0, int(train_fraction * num_steps))
-        if window[1] == 0:
-            raise ValueError(
-                f"No step of {num_steps} would be trained at train_fraction={train_fraction}: "
-                "take more steps, or name a window."
-            )
-    start, stop = window
-    if not 0 <= start < stop <= num_steps:
-        raise ValueError(
-            f"window ({start}, {stop}) must satisfy 0 <= start < stop <= num_steps={num_steps}."
-        )
-    return tuple(start <= step < stop for step in range(num_steps))
 
 
 def _shift(sigma: Any, shift: float) -> Any:

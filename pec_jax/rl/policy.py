@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from pec_jax.config.schema import TrainableConfig
 from pec_jax.flow.sampler import FlowSampler, StepLogProb, Velocity, VelocityFn
@@ -33,6 +33,11 @@ class Policy:
     trainable: TrainableConfig
     sampler: FlowSampler
     latent_shape: tuple[int, ...]
+
+    def at(self, iteration: Int[Array, ""], key: Key[Array, ""]) -> Policy:
+        """The policy with the sampler of an iteration, see `FlowSampler.at`."""
+        sampler = self.sampler.at(iteration, key)
+        return self if sampler is self.sampler else dataclasses.replace(self, sampler=sampler)
 
     def before(self, frozen: Frozen, conditioning: Conditioning) -> Actor:
         """The policy before some prompts [N, ...]."""

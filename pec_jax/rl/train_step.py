@@ -24,6 +24,9 @@ from pec_jax.rl.score import Scorer, conclude, look
 from pec_jax.rl.update import Learner, update
 from pec_jax.types import Batch, Frozen, PyTree, Rollout, TrainState
 
+# Folded into the run's key, where every iteration folds its number, from 0 on.
+WINDOW = 2**32 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -37,6 +40,17 @@ class Program:
         """The state of a run that has not begun, given what learns."""
         learner = self.learner
         return initial_state(params, learner.optimizer, learner.objective, learner.constraints)
+
+    def at(self, iteration: Array, key: Array) -> Program:
+        """The program of an iteration, counted from 0: a window of trained steps may move."""
+        policy = self.learner.policy.at(iteration, key)
+        if policy is self.learner.policy:
+            return self
+        return dataclasses.replace(
+            self,
+            drawing=dataclasses.replace(self.drawing, policy=policy),
+            learner=dataclasses.replace(self.learner, policy=policy),
+        )
 
 
 def train_step(
@@ -54,6 +68,7 @@ def train_step(
     Returns:
         The next state, and scalars named as in the metric files.
     """
+    program = program.at(state.step, jax.random.fold_in(key, WINDOW))
     key = jax.random.fold_in(key, state.step)
     params = program.learner.objective.rollout_params(state)
     experience, metrics = experienced(program, params, (frozen, batch), key)

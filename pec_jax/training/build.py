@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from pec_jax.config import Config, ConfigError
 from pec_jax.config.registry import ENCODERS, OBJECTIVES
+from pec_jax.config.schema import SamplerConfig
 from pec_jax.data import encode_prompts
 from pec_jax.data.embeddings import Embeddings, PromptTable
 from pec_jax.data.prompts import Prompt, load_prompts
@@ -26,7 +27,7 @@ from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory, prompt_file
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.flow.sampler import FlowSampler
-from pec_jax.flow.schedule import stochastic_steps
+from pec_jax.flow.window import Motion, stochastic_steps
 from pec_jax.models import lora
 from pec_jax.perception.networks import Networks
 from pec_jax.perception.spaces import shares, surprisal_function
@@ -220,7 +221,7 @@ def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
         decode=pipeline.decode,
         reward=judges.rewards.trained(),
         spaces={name: judges.spaces[name] for name in shares(config.perception)},
-        surprisal=surprisal_function(config.perception, policy.sampler.step_std()),
+        surprisal=surprisal_function(config.perception, reached_std(policy.sampler)),
         images=batch.decode_images,
         at_steps=at_steps,
     )
@@ -253,8 +254,23 @@ def make_policy(config: Config, pipeline: Pipeline) -> Policy:
         storage_dtype=jnp.dtype(sampler.storage_dtype),
         noise_everywhere=sampler.noise == "all",
         log_density=sampler.log_density,
+        motion=_motion(sampler),
     )
     return Policy(pipeline.guide, sampler.guidance, config.trainable, flow, shape)
+
+
+def _motion(sampler: SamplerConfig) -> Motion | None:
+    """Over all places from the window to the end of what is trained without one."""
+    if sampler.window_moves == "never":
+        return None
+    end = sum(stochastic_steps(sampler.num_steps, None, sampler.train_fraction))
+    places = end - sampler.window[1] + 1
+    return Motion(places, sampler.window_moves, sampler.window_iterations)
+
+
+def reached_std(sampler: FlowSampler) -> Array:
+    """The policy's stds at all steps that are ever trained: the noise scale of a whole run."""
+    return sampler.step_std(sampler.reached_steps)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

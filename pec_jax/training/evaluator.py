@@ -37,7 +37,7 @@ from pec_jax.flow.sampler import FlowSampler
 from pec_jax.perception.spaces import estimators
 from pec_jax.rl.advantages import known_mean
 from pec_jax.rl.policy import Policy
-from pec_jax.training.build import Experiment
+from pec_jax.training.build import Experiment, reached_std
 from pec_jax.types import Batch, Frozen, PyTree
 
 
@@ -142,7 +142,7 @@ class Evaluator:
 def entropy_function(experiment: Experiment) -> Callable[[dict[str, Array]], dict[str, Array]]:
     """Raw features {encoder: [P, N, d]} -> {"entropy/<estimator>_<encoder>": H_perc []}."""
     config = experiment.config
-    known = estimators(config.perception, experiment.program.learner.policy.sampler.step_std())
+    known = estimators(config.perception, reached_std(experiment.program.learner.policy.sampler))
     # A group of the evaluation may be too small for the k that training uses.
     if config.perception.k >= config.eval.images_per_prompt:
         known.pop("knn")

@@ -8,12 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 def test_one_command_measures_both_libraries(tmp_path):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -74,6 +74,8 @@ BAD_VALUES = [
     ("sampler.num_steps", 1, ["config.sampler.num_steps", "at least 2"]),
     ("sampler.window", (2, 9), ["config.sampler.window", "num_steps (3)"]),
     ("sampler.window", (1,), ["config.sampler.window", "(start, stop)"]),
+    ("sampler.window_moves", "forward", ["config.sampler.window_moves", "give the window"]),
+    ("sampler.window_iterations", 0, ["config.sampler.window_iterations", "at least 1"]),
     ("model.dtype", "float16", ["config.model.dtype", "bfloat16", "float32"]),
     ("trainable.mode", "loraa", ["'loraa'", "Did you mean 'lora'", "full"]),
     ("constraints.pec.unit", "std", ["config.constraints.pec.unit", "raw", "reward_std"]),
@@ -108,6 +110,22 @@ def test_a_bad_value_is_answered_with_field_and_remedy(small_config, path, value
         from_config_dict(values)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "words"),
+    [
+        ("sampler", {"window": (0, 2)}, r"window \(0, 2\) already ends .* = 2: begin earlier"),
+        ("sampler", {"window": (0, 1), "kernel": "ode"}, "the kernel ode has no stochastic"),
+        ("perception", {"at": "steps"}, "config.perception.at=final"),
+    ],
+)
+def test_a_window_moves_where_it_can(small_config, section, fields, words):
+    small_config.sampler.update({"window": (0, 1), "window_moves": "forward"})
+    from_config_dict(small_config)
+    small_config[section].update(fields)
+    with pytest.raises(ConfigError, match=words):
+        from_config_dict(small_config)
 
 
 def test_k_of_the_knn_must_be_below_the_group_size(small_config):

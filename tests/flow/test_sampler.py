@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pec_jax.flow import transition
 from pec_jax.flow.sampler import FlowSampler, guided
-from pec_jax.flow.schedule import sd3_sigmas, stochastic_steps
+from pec_jax.flow.schedule import sd3_sigmas
+from pec_jax.flow.window import FORWARD, Motion, stochastic_steps
 from pec_jax.types import Conditioning, Transition
 
 N, SHAPE, T = 4, (4, 4, 2), 10
@@ -216,6 +218,36 @@ def test_trained_steps_and_their_std():
         np.testing.assert_allclose(found, std, rtol=1e-6)
     ode = FlowSampler(SIGMAS)
     assert len(ode.trained_steps) == len(ode.step_std()) == 0
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 3, 6])
+def test_a_window_that_has_moved_is_the_window_there(iteration):
+    """One program for all places, and the numbers of a sampler that has its window there."""
+    first = _sampler(stochastic=stochastic_steps(T, (1, 3)))
+    moving = dataclasses.replace(first, motion=Motion(6, FORWARD))
+    assert list(moving.reached_steps) == [1, 2, 3, 4, 5, 6, 7]
+
+    @jax.jit
+    def sample(iteration, key):
+        sampler = moving.at(iteration, key)
+        path = sampler.sample(_velocity, _noise(), jax.random.key(0))
+        return path, sampler.trained_steps, sampler.step_std()
+
+    path, steps, std = sample(iteration, jax.random.key(7))
+    start = 1 + iteration % 6
+    there = _sampler(stochastic=stochastic_steps(T, (start, start + 2)))
+    expected = jax.jit(lambda: there.sample(_velocity, _noise(), jax.random.key(0)))()
+    assert list(steps) == list(there.trained_steps) == [start, start + 1]
+    np.testing.assert_allclose(std, there.step_std(), rtol=1e-6)
+    np.testing.assert_allclose(path.x_0, expected.x_0, atol=1e-6)
+    np.testing.assert_allclose(path.logp, expected.logp, atol=1e-6)
+    np.testing.assert_array_equal(path.logp != 0, expected.logp != 0)
+
+
+def test_a_window_that_stays_is_not_replaced():
+    sampler = _sampler()
+    assert sampler.at(jnp.int32(3), jax.random.key(0)) is sampler
+    assert list(sampler.reached_steps) == list(sampler.trained_steps)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -114,34 +114,3 @@ def test_bad_arguments_are_refused():
         schedule.flux_sigmas(4, 0)
     with pytest.raises(ValueError, match="shift is 0"):
         schedule.sd3_sigmas(4, shift=0.0)
-
-
-@pytest.mark.parametrize(
-    ("num_steps", "window", "fraction", "expected"),
-    [
-        (10, None, 0.99, range(9)),
-        (2, None, 0.99, range(1)),
-        (100, None, 0.99, range(99)),
-        (10, None, 1.0, range(10)),
-        (10, None, 0.5, range(5)),
-        (10, (2, 4), 0.99, range(2, 4)),
-        (10, (0, 10), 0.99, range(10)),
-    ],
-)
-def test_stochastic_steps(num_steps, window, fraction, expected):
-    steps = schedule.stochastic_steps(num_steps, window, fraction)
-    assert steps == tuple(t in expected for t in range(num_steps))
-    assert all(type(s) is bool for s in steps)
-
-
-@pytest.mark.parametrize("window", [(3, 3), (4, 2), (-1, 2), (8, 11)])
-def test_bad_window_is_refused(window):
-    with pytest.raises(ValueError, match="window"):
-        schedule.stochastic_steps(10, window)
-
-
-def test_a_run_without_trained_steps_is_refused():
-    with pytest.raises(ValueError, match="No step of 1"):
-        schedule.stochastic_steps(1)
-    with pytest.raises(ValueError, match="train_fraction is 0"):
-        schedule.stochastic_steps(10, train_fraction=0.0)

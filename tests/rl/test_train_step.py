@@ -19,7 +19,7 @@ from pec_jax.rewards.combined import CombinedReward
 from pec_jax.rl import score as scores
 from pec_jax.rl.advantages import group_advantages
 from pec_jax.rl.rollout import rollout
-from pec_jax.rl.train_step import experienced, initial_state, train_step
+from pec_jax.rl.train_step import WINDOW, experienced, initial_state, train_step
 from pec_jax.rl.update import update
 from pec_jax.training import build
 from pec_jax.types import Transition
@@ -91,6 +91,32 @@ def test_the_first_ratio_is_exactly_one(dtype, minibatches, objective):
     # The rollout's own log-probs differ from the update's by no more than rounding.
     assert float(metrics["policy/logp_drift"]) < (1e-5 if dtype == "float32" else 2e-2)
     assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("moves", ["forward", "at_random"])
+def test_a_step_with_a_moving_window_is_the_step_with_the_window_there(experiment, moves):
+    """Also at the first update of the next place, and its entropy is that of the place."""
+    fields = {"sampler__num_steps": 5, "updates__minibatches": 2, "perception__bandwidth": 0.3}
+    program = changed(experiment, sampler__window=(0, 1), sampler__window_moves=moves, **fields)
+    inputs, key = inputs_of(experiment), jax.random.key(0)
+    step, places = jax.jit(functools.partial(train_step, program)), []
+    for iteration in range(4):
+        state = make_state(experiment, program, noise=0.05)
+        state = dataclasses.replace(state, step=jnp.int32(iteration))
+        window = program.at(state.step, jax.random.fold_in(key, WINDOW)).learner.policy.sampler
+        places.append(start := int(window.trained_steps[0]))
+        there = changed(experiment, sampler__window=(start, start + 1), **fields)
+        after, metrics = step(state, *inputs, key)
+        expected, expected_metrics = jax.jit(functools.partial(train_step, there))(
+            state, *inputs, key
+        )
+        assert float(metrics["policy/ratio_max_deviation"]) == 0.0
+        assert set(metrics) == set(expected_metrics)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-3, atol=1e-6)
+        # Adam's first step is a sign where a gradient is far above eps: only rounding is left.
+        assert_close(after.ema, expected.ema, rtol=1e-4)
+    assert places == [0, 1, 2, 3] if moves == "forward" else set(places) <= {0, 1, 2, 3}
 
 
 def reinforce_gradient(experiment, drawn, worth=None):

@@ -47,7 +47,8 @@ class Grpo(Objective):
     def check(self, policy: Policy) -> None:
         """Refuses a sampler without noise: there would be nothing to learn from."""
         sampler = policy.sampler
-        if not len(sampler.trained_steps) or not bool(jnp.all(sampler.step_std() > 0)):
+        reached = sampler.reached_steps
+        if not len(reached) or not bool(jnp.all(sampler.step_std(reached) > 0)):
             raise ConfigError(
                 f"config.sampler (kernel {sampler.kernel}, noise_level {sampler.noise_level}) has "
                 f"a trained step without noise, or none at all, and the objective {self.name!r} "
@@ -57,13 +58,13 @@ class Grpo(Objective):
 
     def samples(self, policy: Policy, rollout: Rollout, key: Array) -> Samples:
         """The trained steps of every path."""
-        steps, sigmas = policy.sampler.trained_steps, policy.sampler.sigmas
+        steps, sigmas = policy.sampler.trained_steps, jnp.asarray(policy.sampler.sigmas)
         path = rollout.trajectory
         assert path.x_t is not None and path.x_next is not None and path.logp is not None
         return Samples(
             steps={
-                "sigma": jnp.asarray(sigmas[steps]),
-                "sigma_next": jnp.asarray(sigmas[steps + 1]),
+                "sigma": sigmas[steps],
+                "sigma_next": sigmas[steps + 1],
             },
             taken={"x_t": path.x_t[steps], "x_next": path.x_next[steps], "logp": path.logp[steps]},
             images=(),
