@@ -111,7 +111,7 @@ def cells(row: Row, found: dict) -> list[str]:
         row.remat,
     ]
     if "bytes_per_chip" not in found:
-        return [*start, "", "", f"no, of {found['hbm_bytes'] / 1e9:.1f}", *[""] * 6]
+        return [*start, "", "", f"no, of {found['hbm_bytes'] / 1e9:.1f}", *[""] * 8]
     memory, bound = found["bytes_per_chip"], found["roofline"]
     moved = sum(kind["bytes"] for kind in found["collectives"].values())
     return [
@@ -122,15 +122,27 @@ def cells(row: Row, found: dict) -> list[str]:
         f"{found['flops']['analytic'] / 1e15:.2f}",
         f"{moved / 1e9:.0f}",
         f"{bound['seconds']:.0f}",
-        f"{100 * bound['mfu']:.0f}%",
         bound["bound_by"],
+        *_expected(found.get("schedule")),
         f"{found['compile_seconds']:.0f}",
+    ]
+
+
+def _expected(schedule: dict | None) -> list[str]:
+    """Of rows that were compiled before the compiler's estimate was read: nothing."""
+    if not schedule:
+        return ["–", "–", "–"]
+    return [
+        f"{schedule['seconds']:.0f}",
+        f"{schedule['products']:.0f}",
+        f"{100 * schedule['mfu']:.0f}%",
     ]
 
 
 HEADER = (
     "model", "trains", "px", "chips", "fsdp", "remat", "resident GB", "temporary GB", "peak GB",
-    "PFLOP", "collectives GB", "bound s", "MFU there", "bound by", "compiled in s",
+    "PFLOP", "collectives GB", "bound s", "bound by", "schedule s", "products s", "MFU there",
+    "compiled in s",
 )  # fmt: skip
 
 
@@ -138,7 +150,9 @@ def write_table(lines: list[list[str]]) -> None:
     """Puts the table between its marks in the page."""
     table = [
         " | ".join(HEADER),
-        "|".join(["---"] * 2 + ["---:", "---", "---:", "---"] + ["---:"] * 7 + ["---", "---:"]),
+        "|".join(
+            ["---"] * 2 + ["---:", "---", "---:", "---"] + ["---:"] * 6 + ["---"] + ["---:"] * 4
+        ),
     ]
     table += [" | ".join(line) for line in lines]
     body = "".join(f"| {line} |\n" if "---" not in line else f"|{line}|\n" for line in table)

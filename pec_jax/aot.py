@@ -3,7 +3,8 @@
 Compiles the train step of a config, as it would run, for a TPU topology, on any machine with
 `pip install 'pec_jax[tpu]'`. One JSON object on standard output, per chip and step: parameters,
 bytes against the chip's memory and whether they fit, FLOPs counted from the program and by XLA,
-collectives by kind, and the shortest time that chips of that kind could take. Published models
+collectives by kind, the shortest time that chips of that kind could take (`roofline`), the time
+that the compiler itself expects (`schedule`) and what it expects to take longest. Published models
 need no files; their shapes are known.
 """
 

@@ -40,7 +40,8 @@ class ModelConfig:
     height: int = field("Pixels; 0 is the pipeline's own size.", low=0, high=8192)
     width: int = field("Pixels; 0 is the pipeline's own size.", low=0, high=8192)
     remat: str = field(
-        "What of a block the backward pass recomputes.", choices=("none", "full", "dots")
+        "What of a block the backward pass recomputes: all but what the name says it keeps.",
+        choices=("none", "full", "dots", "attention"),
     )
 
 

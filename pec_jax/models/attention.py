@@ -22,6 +22,7 @@ Array = jax.Array
 
 FUSED_FROM = 512  # keys: below, the logits are small and a kernel's padding is not
 FUSED_HEAD_DIM = 128  # the largest that cuDNN's takes
+KEPT = "attention"  # names what recomputation may keep of it, see `layers.REMAT`
 SPLASH_BLOCKS = (640, 512, 384, 256)  # queries and keys that are worked on at once
 
 
@@ -106,6 +107,7 @@ def on_tpu(q: Array, k: Array, v: Array, *, scale: float, interpret: bool = Fals
                 block_q_dq=block_q,
                 block_kv_dq=block_k,
             ),
+            residual_checkpoint_name=KEPT,
             interpret=interpret,
         )
         heads_first = (a.swapaxes(1, 2) for a in (q, k, v))

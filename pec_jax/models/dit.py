@@ -11,11 +11,12 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers as init
 
 from pec_jax.distributed import mesh as sharding
 from pec_jax.models import layers
-from pec_jax.models.attention import attention
+from pec_jax.models.attention import KEPT, attention
 
 Array = jax.Array
 Rotation = tuple[Array, Array]  # cosines and sines [L, head_dim / 2] of the image tokens
@@ -208,12 +209,12 @@ class JointBlock(nn.Module):
             shift_2, scale_2, gate_2 = parts[6:]
             attend_2 = JointAttention(heads, norm, dtype=dtype, name="attn2")
             change = change + gate_2 * attend_2(modulate(x, shift_2, scale_2, dtype))[0]
-        x = x + change
+        x = checkpoint_name(x + change, KEPT)
         x = x + gate_mlp * FeedForward(dtype, name="ff")(modulate(x, shift_mlp, scale_mlp, dtype))
         x = sharding.constrain(x, "batch", "tokens", "embed")
         if attended_context is None:  # of the last block, whose context nothing reads
             return (x, context), None
-        context = context + c_gate * attended_context
+        context = checkpoint_name(context + c_gate * attended_context, KEPT)
         mlp_input = modulate(context, c_shift_mlp, c_scale_mlp, dtype)
         context = context + c_gate_mlp * FeedForward(dtype, name="ff_context")(mlp_input)
         return (x, sharding.constrain(context, "batch", "tokens", "embed")), None

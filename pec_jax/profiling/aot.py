@@ -32,12 +32,15 @@ from pec_jax.perception.published import ENCODERS
 from pec_jax.profiling import flops
 from pec_jax.profiling.chips import CHIPS, Chip, roofline
 from pec_jax.profiling.collectives import collectives
+from pec_jax.profiling.schedule import longest, schedule
 from pec_jax.rewards.base import Reward
 from pec_jax.rl.train_step import Program, train_step
 from pec_jax.training import build
 from pec_jax.types import Batch, Frozen, PyTree, TrainState
 from pec_jax.weights import published
 from pec_jax.weights.hub import model_directory
+
+LONGEST = 12  # operations of the source that a report names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +265,8 @@ def analyse(step: CompiledStep, chip: Chip, num_chips: int) -> dict[str, Any]:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    found = collectives(step.executable.as_text())
+    text = step.executable.as_text()
+    found, expected = collectives(text), schedule(text, chip, step.flops / num_chips)
     cost = step.executable.cost_analysis() or {}
     bound = roofline(
         chip,
@@ -287,6 +291,8 @@ def analyse(step: CompiledStep, chip: Chip, num_chips: int) -> dict[str, Any]:
         "flops": {"analytic": step.flops / num_chips, "xla": float(cost.get("flops", 0.0))},
         "collectives": {kind: value._asdict() for kind, value in found.items()},
         "roofline": bound._asdict(),
+        "schedule": expected._asdict() if expected else None,
+        "longest": dict(longest(text, chip, LONGEST)),
     }
 
 

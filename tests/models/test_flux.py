@@ -155,7 +155,7 @@ def test_packing_is_diffusers_own():
     np.testing.assert_array_equal(flux.unpack(packed, 6, 4), x)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_remat_changes_nothing(remat):
     config = FluxConfig.from_dict(DEV)
     arrays = inputs(DEV, 4, 4, 3)

@@ -221,7 +221,14 @@ class TestRuns:
         np.testing.assert_allclose(run.apply(variables, x, 0.5)[0], expected, atol=1e-6)
 
     @pytest.mark.parametrize(
-        "options", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 1}, {"unroll": 3}]
+        "options",
+        [
+            {"remat": "full"},
+            {"remat": "dots"},
+            {"remat": "attention"},
+            {"unroll": 1},
+            {"unroll": 3},
+        ],
     )
     def test_remat_and_unroll_change_nothing(self, options):
         x = normal(0, 2, 4)

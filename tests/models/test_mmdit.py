@@ -16,6 +16,7 @@ import torch
 
 from pec_jax.families.sd3 import StableDiffusion3
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
+from pec_jax.profiling import flops
 from pec_jax.weights.convert import count_parameters, from_torch, leaves, to_torch
 
 SD35 = {
@@ -280,12 +281,24 @@ class TestNetwork:
         arrays = inputs(SD35, 4, 4, 3)
         variables = perturbed(nn.unbox(jax.jit(MMDiT(config).init)(jax.random.key(0), *arrays)))
         gradients = []
-        for remat in ("none", "full"):
+        for remat in ("none", "full", "attention"):
             network = MMDiT(config, remat=remat)
             gradients.append(
                 jax.jit(jax.grad(lambda v, n=network: (n.apply(v, *arrays) ** 2).mean()))(variables)
             )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
+
+    def test_what_is_kept_is_not_computed_again(self):
+        config = MMDiTConfig.from_dict(SD35 | {"num_layers": 3, "dual_attention_layers": (0,)})
+        arrays = inputs(SD35, 4, 4, 3)
+        variables = nn.unbox(jax.eval_shape(MMDiT(config).init, jax.random.key(0), *arrays))
+
+        def operations(remat):
+            network = MMDiT(config, remat=remat)
+            return flops.count(jax.grad(lambda v: network.apply(v, *arrays).sum()), variables)
+
+        none, dots, attention, full = map(operations, ("none", "dots", "attention", "full"))
+        assert none < dots < attention < full
 
     def test_bf16_is_close_and_parameters_stay_fp32(self, model):
         module, apply, variables, arrays = model
