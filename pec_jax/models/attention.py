@@ -23,6 +23,7 @@ Array = jax.Array
 FUSED_FROM = 512  # keys: below, the logits are small and a kernel's padding is not
 FUSED_HEAD_DIM = 128  # the largest that cuDNN's takes
 KEPT = "attention"  # names what recomputation may keep of it, see `layers.REMAT`
+LANES = 128  # of a TPU's vector register
 SPLASH_BLOCKS = (640, 512, 384, 256)  # queries and keys that are worked on at once
 
 
@@ -88,6 +89,10 @@ def on_tpu(q: Array, k: Array, v: Array, *, scale: float, interpret: bool = Fals
     """
     length, num_keys = q.shape[1], k.shape[1]
     block_q, block_k = _block(length), _block(num_keys)
+    # Where a head does not fill the 128 lanes of a register, positions do: what lies around the
+    # kernel then costs half, see docs/scaling.md.
+    fills = q.shape[-1] % LANES == 0
+    layout = splash.QKVLayout.HEAD_DIM_MINOR if fills else splash.QKVLayout.SEQ_MINOR
     q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
     # Padded keys are a segment of their own, to which no query belongs.
     query_segments: Any = np.zeros(q.shape[1], np.int32)  # constants, though declared as jax's
@@ -106,6 +111,9 @@ def on_tpu(q: Array, k: Array, v: Array, *, scale: float, interpret: bool = Fals
                 block_kv_dkv=block_k,
                 block_q_dq=block_q,
                 block_kv_dq=block_k,
+                q_layout=layout,
+                k_layout=layout,
+                v_layout=layout,
             ),
             residual_checkpoint_name=KEPT,
             interpret=interpret,

@@ -69,9 +69,13 @@ def test_bf16_keeps_its_dtype():
 
 
 # Lengths that need padding in queries, in keys, in both; the published lengths are 1024 and 1229.
-@pytest.mark.parametrize(("queries", "keys"), [(256, 256), (200, 300), (512, 700)])
-def test_the_tpu_kernel_and_its_gradient(queries, keys):
-    q, k, v = (normal(i, 2, n, 2, 64) for i, n in enumerate((queries, keys, keys)))
+# Heads of 64 lie with the positions in the lanes, those of 128 with the features.
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim"),
+    [(256, 256, 64), (200, 300, 64), (512, 700, 64), (200, 300, 128)],
+)
+def test_the_tpu_kernel_and_its_gradient(queries, keys, dim):
+    q, k, v = (normal(i, 2, n, 2, dim) for i, n in enumerate((queries, keys, keys)))
 
     def loss(f, **options):
         return lambda *a: jnp.sum(jnp.sin(f(*a, scale=0.2, **options)))
