@@ -227,14 +227,16 @@ def show(jobs: Sequence[sweep.Job], out: Path) -> None:
 
 
 def _label(one: sweep.Job) -> str:
-    return one.directory.name.split("_")[0]
+    """Of the method: the run's name without its value and its seed."""
+    stem = one.directory.name.rpartition("_seed=")[0]
+    return next(m.label for m in METHODS if m.label in (stem, stem.rpartition("_")[0]))
 
 
 def copy_grids(jobs: Sequence[sweep.Job], out: Path) -> None:
     """The pictures of the runs that drew some: base.png, and one of each method."""
     for one in jobs:
         grids = sorted((one.directory / "samples").glob("step_*.png"))
-        if len(grids) > 1:
+        if len(grids) > 1 and _label(one) in SHOWN:
             shutil.copy(grids[0], out / "base.png")
             shutil.copy(grids[-1], out / f"{SHOWN[_label(one)]}.png")
 

@@ -1,7 +1,7 @@
 """The study's finished runs in one small file, from which its tables can be made without training.
 
-Of each run: config.json, eval.json, eval_base.json and metrics.jsonl, its numbers to 5 digits. No
-checkpoints and no images.
+Of each run: config.json, eval.json, eval_base.json and metrics.jsonl, its numbers to 5 digits but
+for the policy's entropy, of which it matters that it does not move. No checkpoints and no images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 NAME = "runs.tar.xz"
 KEPT = ("config.json", "eval.json", "eval_base.json", "metrics.jsonl")
-DIGITS = 5
+DIGITS, EXACT = 5, ("entropy/policy",)
 
 
 def pack(runs: Path, out: Path) -> Path:
@@ -78,6 +78,8 @@ def _shortened(file: Path) -> str:
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        key: float(f"{value:.{DIGITS}g}")
+        if isinstance(value, float) and key not in EXACT
+        else value
         for key, value in values.items()
     }

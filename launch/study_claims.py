@@ -218,15 +218,15 @@ def two_judges(runs_of: Mapping[str, Sequence[Any]]) -> str:
 
 
 def policy_entropy_range(directories: Sequence[Path]) -> str:
-    """How far the policy's entropy moves over all iterations of all runs."""
-    steps = [step for directory in directories for step in _steps(directory)]
-    exact = [step["entropy/policy"] for step in steps]
-    sampled = np.array([step["entropy/policy_mc"] for step in steps])
-    moved = max(exact) - min(exact)
+    """How far the policy's entropy moves in the course of a run, at most."""
+    runs = [_steps(directory) for directory in directories]
+    exact = [[step["entropy/policy"] for step in steps] for steps in runs]
+    moved = max(max(values) - min(values) for values in exact)
+    sampled = np.array([step["entropy/policy_mc"] for steps in runs for step in steps])
     return (
-        f"The policy's entropy over all {len(steps)} iterations: {exact[0]:.4f} nats per "
-        f"dimension, and moves by {moved:.1e}; as sampled, {sampled.mean():.4f} with a standard "
-        f"deviation of {sampled.std():.4f}."
+        f"The policy's entropy over all {len(sampled)} iterations: {exact[0][0]:.4f} nats per "
+        f"dimension, and moves by {moved:.1e} in the course of any run; as sampled, "
+        f"{sampled.mean():.4f} with a standard deviation of {sampled.std():.4f}."
     )
 
 
