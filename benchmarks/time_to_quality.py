@@ -37,12 +37,6 @@ from pec_jax.evaluation import steps as files  # noqa: E402
 from pec_jax.evaluation.table import student_interval  # noqa: E402
 from pec_jax.io import write_text  # noqa: E402
 
-_RUNS = flags.DEFINE_string("runs", "runs/time_to_quality", "Directory of the run directories.")
-_OUT = flags.DEFINE_string("out", "docs/results/time_to_quality", "Directory of curves and table.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every recipe.")
-_JOBS = flags.DEFINE_integer("jobs", 2, "Number of runs at the same time.", lower_bound=1)
-_TRAIN = flags.DEFINE_bool("train", True, "Train what is missing; otherwise only table and figure.")
-
 CONFIG = ROOT / "configs" / "shapes_study.py"
 ITERATIONS = 60  # of the reference; plain Flow-GRPO has reached its plateau by then
 MOST = 120  # iterations of any run
@@ -287,5 +281,14 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _RUNS = flags.DEFINE_string("runs", "runs/time_to_quality", "Directory of the run directories.")
+    _OUT = flags.DEFINE_string(
+        "out", "docs/results/time_to_quality", "Directory of curves and table."
+    )
+    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every recipe.")
+    _JOBS = flags.DEFINE_integer("jobs", 2, "Number of runs at the same time.", lower_bound=1)
+    _TRAIN = flags.DEFINE_bool(
+        "train", True, "Train what is missing; otherwise only table and figure."
+    )
     quiet_libraries()
     app.run(main)
