@@ -30,8 +30,7 @@ Initializer = Callable[..., Array]
 
 # What the backward pass finds stored, beside the inputs of each block. "dots" keeps the outputs of
 # the linear layers and computes attention, norms and activations again. "attention" keeps what the
-# MLP starts from and, of a fused kernel on TPU, what its backward pass asks for: a quarter of the
-# recomputation for a tenth of the memory.
+# MLP starts from and, of a fused kernel on TPU, what its backward pass asks for.
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

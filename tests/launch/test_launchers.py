@@ -105,8 +105,8 @@ def test_flags_and_configs_exist(local):
     known = flags_of_main()
     used = set(re.findall(r"--(\w+)", " ".join(local.commands(2, [])[0])))
     configs = set()
-    for name in (*SHELL, *(f"{name}.yaml" for name in YAML)):
-        text = (LAUNCH / name).read_text()
+    for name in (*SHELL, *(f"launch/{name}.yaml" for name in YAML)):
+        text = (ROOT / name).read_text()
         configs |= set(re.findall(r"configs/\w+\.py", text))
         text = re.sub(r"\\\n#?", " ", text)  # one command a line, also where it is a comment
         text = re.sub(r"\n\s+- (?=--)", " ", re.sub(r" #.*", "", text))
