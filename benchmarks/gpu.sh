@@ -13,8 +13,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-out=${1:-gpu_benchmark}
-shift || true
+out=gpu_benchmark
+if [[ ${1:---} != --* ]]; then
+  out=$1
+  shift
+fi
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)

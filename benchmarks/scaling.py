@@ -57,6 +57,8 @@ class Row:
             f"--config.trainable.mode={self.trainable}",
             "--config.mesh.data=-1",
             f"--config.mesh.fsdp={self.fsdp}",
+            # Where weights are gathered for every piece, fewer and larger ones.
+            f"--config.batch.rollout_images={1 if self.fsdp == 1 else 4}",
             f"--config.model.remat={self.remat}",
             f"--config.model.height={self.pixels}",
             f"--config.model.width={self.pixels}",

@@ -42,4 +42,5 @@ def get_config() -> ConfigDict:
         }
     )
     config.mesh.update({"data": -1, "fsdp": 4})  # 6 GB of weights per chip
+    config.batch.rollout_images = 4  # each piece gathers them anew
     return config

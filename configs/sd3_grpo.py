@@ -56,6 +56,8 @@ def get_config() -> ConfigDict:
     # Its average moves with each of the two micro-batches of an update, see rl/average.py.
     config.optimizer.update({"ema_every": 8, "ema_repeats": 2, "ema_warmup": True})
     config.batch.update({"groups": 48, "group_size": 24})
+    # One image of each of a chip's three groups, twice for guidance: of larger pieces the TPU's
+    # compiler fuses the MLP badly. Where weights are gathered (fsdp > 1), larger ones gather less.
     config.batch.update({"rollout_images": 1, "decode_images": 1, "update_images": 1})
     # Every chip holds the frozen weights whole, so that no layer waits for its own: with all else
     # 14.3 GB of a v5e's 17.2, as compiled by pec_jax.aot. With trainable.mode=full take fsdp=16.

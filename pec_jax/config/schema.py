@@ -71,7 +71,7 @@ class SamplerConfig:
         "Automatic window: the first int(train_fraction * num_steps) steps.", low=0.0, high=1.0
     )
     window_moves: str = field(
-        "Whether the window goes on by a step, begins again at the end (MixGRPO), or jumps.",
+        "Whether the window stays, goes on by a step and around (MixGRPO), or jumps.",
         choices=("never", "forward", "at_random"),
     )
     window_iterations: int = field("Iterations before a window moves.", low=1)
