@@ -126,7 +126,7 @@ def train(curves: dict[str, Curve], runs: Path, seeds: Sequence[str], parallel: 
             if one.directory.name not in curves:
                 jobs[one.directory.name] = (recipe, seed, one)
     try:
-        failed = sweep.run_from_one_base([one for *_, one in jobs.values()], parallel)
+        failed = sweep.run_jobs([one for *_, one in jobs.values()], parallel)
     finally:
         for name, (recipe, seed, one) in jobs.items():
             if one.finished:

@@ -184,7 +184,7 @@ def overall(directories: Sequence[Path]) -> dict[Path, float]:
 
 def run_all(jobs: Sequence[sweep.Job], parallel: int) -> None:
     """Runs what is missing, `parallel` at a time; ends the program if something fails."""
-    if failed := sweep.run_from_one_base(jobs, parallel):
+    if failed := sweep.run_jobs(jobs, parallel):
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -133,25 +132,6 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> list[Job]:
     if running.stopping:
         sys.exit("Stopped; the same command resumes from here.")
     return failed
-
-
-def run_from_one_base(jobs: Sequence[Job], parallel: int) -> list[Job]:
-    """`run_jobs` where all runs of a seed begin from one model, which is evaluated once.
-
-    The first run's evaluation of it is handed to the others.
-
-    Returns:
-        The jobs that failed.
-    """
-    first = {dict(job.overrides)["seed"]: job for job in reversed(jobs)}
-    failed = run_jobs(list(first.values()), parallel)
-    for job in jobs:
-        source = first[dict(job.overrides)["seed"]].directory
-        job.directory.mkdir(parents=True, exist_ok=True)
-        for name in ("eval_base.safetensors", "eval_base.json"):
-            if (source / name).exists() and not (job.directory / name).exists():
-                shutil.copy(source / name, job.directory / name)
-    return failed + run_jobs(jobs, parallel)
 
 
 def compare(directories: Sequence[Path], out: Path) -> None:

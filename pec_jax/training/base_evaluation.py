@@ -7,38 +7,40 @@ images' features, from which later evaluations take their distance.
 from __future__ import annotations
 
 import safetensors.numpy
+from etils import epath
 from safetensors import SafetensorError
 
 from pec_jax import io
 from pec_jax.errors import FileError
 from pec_jax.evaluation.metrics import Moments
 from pec_jax.training.evaluator import Evaluation
-from pec_jax.training.run_directory import RunDirectory
+
+_NUMBERS, _MOMENTS = "eval_base.json", "eval_base.safetensors"
 
 
-def exists(directory: RunDirectory) -> bool:
+def exists(directory: epath.Path) -> bool:
     """Whether both files are there."""
-    return directory.base_evaluation_file.exists() and directory.base_moments_file.exists()
+    return (directory / _NUMBERS).exists() and (directory / _MOMENTS).exists()
 
 
-def write(directory: RunDirectory, evaluation: Evaluation) -> None:
+def write(directory: epath.Path, evaluation: Evaluation) -> None:
     """Writes both files, the one that a person reads last."""
     tensors = {
         f"{name}/{part}": value
         for name, moments in evaluation.moments.items()
         for part, value in moments._asdict().items()
     }
-    io.write_bytes(directory.base_moments_file, safetensors.numpy.save(tensors))
-    io.write_json(directory.base_evaluation_file, evaluation.numbers)
+    io.write_bytes(directory / _MOMENTS, safetensors.numpy.save(tensors))
+    io.write_json(directory / _NUMBERS, evaluation.numbers)
 
 
-def read(directory: RunDirectory) -> Evaluation:
+def read(directory: epath.Path) -> Evaluation:
     """What `write` has written.
 
     Raises:
         FileError: a file that cannot be read.
     """
-    path = directory.base_moments_file
+    path = directory / _MOMENTS
     try:
         tensors = safetensors.numpy.load(path.read_bytes())
         names = {name.rpartition("/")[0] for name in tensors}
@@ -49,4 +51,4 @@ def read(directory: RunDirectory) -> Evaluation:
         raise FileError(
             f"{path}: cannot be read ({error}); delete it, and it is made anew"
         ) from None
-    return Evaluation(io.read_json(directory.base_evaluation_file), moments)
+    return Evaluation(io.read_json(directory / _NUMBERS), moments)

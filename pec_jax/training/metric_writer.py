@@ -5,11 +5,13 @@ Nothing here runs inside jit.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from absl import logging
@@ -18,6 +20,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from pec_jax import io
+
+if TYPE_CHECKING:
+    from clu import metric_writers
 
 
 class RunFiles(Protocol):
@@ -36,15 +41,11 @@ class MetricWriter:
     """
 
     def __init__(self, directory: RunFiles, resume_step: int):
-        from clu import metric_writers  # imports tensorflow, which takes seconds
-
         self._samples = directory.samples
         self._lines = io.LineFile(
             directory.metrics_file, keep=lambda line: _is_until(line, resume_step)
         )
-        self._tensorboard = metric_writers.AsyncWriter(
-            metric_writers.SummaryWriter(os.fspath(directory.path))
-        )
+        self._tensorboard = _TensorBoard(os.fspath(directory.path))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics for iteration `step`; see `io.LineFile.add` for when it is safe."""
@@ -54,14 +55,15 @@ class MetricWriter:
             **{k: v if np.isfinite(v) else str(v) for k, v in sorted(numbers.items())},
         }
         self._lines.add(json.dumps(line))
-        self._tensorboard.write_scalars(int(step), numbers)
+        self._tensorboard.add(lambda writer: writer.write_scalars(int(step), numbers))
 
     def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> epath.Path:
         """Saves a labelled sample grid; `images` [rows, columns, H, W, 3] in [0, 1]."""
         path = self._samples / f"step_{step:06d}.png"
         picture = image_grid(images, captions)
         save_png(path, picture)
-        self._tensorboard.write_images(int(step), {"samples": np.asarray(picture)[None]})
+        samples = {"samples": np.asarray(picture)[None]}
+        self._tensorboard.add(lambda writer: writer.write_images(int(step), samples))
         return path
 
     def flush(self) -> None:
@@ -72,6 +74,37 @@ class MetricWriter:
         """Flushes and closes all files."""
         self._lines.close()
         self._tensorboard.close()
+
+
+class _TensorBoard:
+    """clu's summary writer in a thread, for its tensorflow takes seconds to import.
+
+    An error of the thread is raised by the next call.
+    """
+
+    def __init__(self, directory: str):
+        self._directory = directory
+        self._thread = ThreadPoolExecutor(1)
+        self._newest: Future[None] | None = None
+
+    def add(self, write: Callable[[metric_writers.SummaryWriter], None]) -> None:
+        """Has the thread call `write`, after those before."""
+        if self._newest is not None and self._newest.done():
+            self._newest.result()
+        self._newest = self._thread.submit(lambda: write(self._writer))
+
+    def close(self) -> None:
+        """Returns once everything is written."""
+        if self._newest is not None:
+            self.add(lambda writer: writer.close())
+            self._newest.result()
+        self._thread.shutdown()
+
+    @functools.cached_property
+    def _writer(self) -> metric_writers.SummaryWriter:
+        from clu import metric_writers
+
+        return metric_writers.SummaryWriter(self._directory)
 
 
 class _NoWriter(MetricWriter):
@@ -104,19 +137,6 @@ def _is_until(line: str, step: int) -> bool:
         return bool(json.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False  # a line that a crash cut short
-
-
-def read_steps(path: epath.Path) -> list[dict[str, float]]:
-    """The training lines of a `metrics.jsonl`, in order; evaluations are left out.
-
-    Numbers that were not finite, which JSON cannot hold, come back as such.
-    """
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if "reward/mean" in values:
-            steps.append({name: float(value) for name, value in values.items()})
-    return steps
 
 
 def save_png(path: epath.Path, picture: Image.Image) -> None:

@@ -37,8 +37,6 @@ class RunDirectory:
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluation_file = self.path / "eval.json"
-        self.base_evaluation_file = self.path / "eval_base.json"
-        self.base_moments_file = self.path / "eval_base.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self._exit = contextlib.ExitStack()

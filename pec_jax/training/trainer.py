@@ -7,12 +7,13 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from clu import parameter_overview, periodic_actions
+from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -29,7 +30,7 @@ from pec_jax.evaluation.metrics import Moments
 from pec_jax.evaluation.steps import read_steps
 from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
-from pec_jax.training import base_evaluation
+from pec_jax.training import base_cache, base_evaluation
 from pec_jax.training.build import (
     BASE_STREAM,
     EVAL_STREAM,
@@ -116,25 +117,25 @@ class _Run:
         writer = make_writer(self._directory, first, first=processes.is_primary())
         progress = Progress(self._config.num_iterations, first, SHOWN, first=processes.is_primary())
         log = _Log(writer, progress, self._config)
-        actions = self._actions(writer, log)
-        self._base = self._base_evaluation()
-        if first == 0:
-            self._save_samples(writer, 0, state)
-        logging.info("Compiling the train step: the first iteration takes its time ...")
+        compiler = ThreadPoolExecutor(1)
+        compiling = compiler.submit(self._compile, state)
         try:
-            stopped = False
+            self._base = self._base_evaluation()
+            if first == 0:
+                self._save_samples(writer, 0, state)
+            logging.info("Compiling the train step ...")
+            step, stopped = compiling.result(), False
             for iteration in range(first, self._config.num_iterations):
                 if stopped := stop.agreed(iteration):
                     break
-                batch = self._batch(iteration)
-                state, metrics = self._step(state, self._frozen, batch, self._key)
+                state, metrics = step(state, self._frozen, self._batch(iteration), self._key)
                 log.add(iteration + 1, metrics)
                 if iteration + 1 < self._config.num_iterations:
-                    for action in actions:
-                        action(iteration + 1, state=state)
+                    self._act(state, iteration + 1, writer, log)
             log.flush()
             return self._finish(state, writer, stopped=stopped)
         finally:
+            compiler.shutdown(wait=False)
             progress.close()
             writer.close()
             self._checkpointer.close()
@@ -190,35 +191,24 @@ class _Run:
         ids = self._stream.ids(iteration)[mesh_lib.local_groups(self._mesh, groups)]
         return mesh_lib.put_batch(self._experiment.tables["train"].gather(ids), self._mesh, groups)
 
-    def _actions(self, writer: MetricWriter, log: _Log) -> list[periodic_actions.PeriodicCallback]:
-        """What happens every so many iterations; the last one is left to `_finish`."""
+    def _compile(self, state: TrainState) -> jax.stages.Compiled:
+        """The train step, for states like `state`; in a thread, while the base is evaluated."""
+        with mesh_lib.active(self._mesh, self._config):  # which a thread does not inherit
+            return self._step.lower(state, self._frozen, self._batch(0), self._key).compile()
+
+    def _act(self, state: TrainState, step: int, writer: MetricWriter, log: _Log) -> None:
+        """What happens every so many iterations; the last one's is left to `_finish`."""
         every = self._config.schedule
-
-        def save(state: TrainState) -> None:
-            log.flush()
-            self._save(writer, state)
-
-        def sample(state: TrainState) -> None:
-            self._save_samples(writer, int(state.step), state)
-
-        def evaluate(state: TrainState) -> None:
+        if _is_due(step, every.sample_every):
+            self._save_samples(writer, step, state)
+        if _is_due(step, every.eval_every):
             log.flush()
             params = self._eval_params(state)
             evaluation = self._evaluator(params, self._frozen, self._base.moments)
-            writer.scalars(int(state.step), evaluation.numbers)
-
-        pairs = (
-            (every.sample_every, sample),
-            (every.eval_every, evaluate),
-            (every.checkpoint_every, save),  # last: what it covers has been written by then
-        )
-        return [
-            periodic_actions.PeriodicCallback(
-                every_steps=steps, callback_fn=function, pass_step_and_time=False
-            )
-            for steps, function in pairs
-            if steps
-        ]
+            writer.scalars(step, evaluation.numbers)
+        if _is_due(step, every.checkpoint_every):  # last: what it covers has been written by then
+            log.flush()
+            self._save(writer, state)
 
     def _finish(
         self, state: TrainState, writer: MetricWriter, *, stopped: bool
@@ -247,11 +237,16 @@ class _Run:
 
     def _base_evaluation(self) -> Evaluation:
         """The model as it was before training."""
-        if processes.broadcast_from_primary(base_evaluation.exists(self._directory)):
-            return base_evaluation.read(self._directory)
-        result = self._full_evaluation(self._params)
+        directory = self._directory.path
+        if processes.broadcast_from_primary(base_evaluation.exists(directory)):
+            return base_evaluation.read(directory)
+        kept = base_cache.place(self._experiment)
+        found = base_cache.read(kept)
+        result = found or self._full_evaluation(self._params)
         if processes.is_primary():
-            base_evaluation.write(self._directory, result)
+            base_evaluation.write(directory, result)
+            if found is None:
+                base_cache.write(kept, result)
         return result
 
     def _full_evaluation(
@@ -269,6 +264,10 @@ class _Run:
         images = self._evaluator.sample_grid(self._eval_params(state), self._frozen)
         path = writer.grid(step, images, [p.text for p in self._experiment.prompts["samples"]])
         logging.info("Samples: %s", path)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 class _Log:

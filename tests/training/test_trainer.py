@@ -101,6 +101,8 @@ def finished(tmp_path_factory):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_lib, "_Run", Run)
+            # No other test has evaluated this base model: the evaluator compiles at the start.
+            patch.setenv("PEC_JAX_CACHE", str(tmp_path_factory.mktemp("own")))
             result = train_lib.train(small_config_dict(), directory)
     finally:
         jax.config.update("jax_transfer_guard", "allow")
