@@ -250,25 +250,3 @@ def from_config_dict(config: Mapping[str, Any] | ConfigDict) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """A nested dict of plain values, as stored in `config.json`."""
     return fields.plain(config)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each field in which two `to_dict` results differ."""
-    flat_old, flat_new = flatten(old), flatten(new)
-    lines = []
-    for key in sorted(flat_old.keys() | flat_new.keys()):
-        before, after = flat_old.get(key, "(absent)"), flat_new.get(key, "(absent)")
-        if before != after:
-            lines.append(f"config.{key}: {before!r} there, {after!r} now")
-    return lines
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

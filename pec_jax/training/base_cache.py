@@ -23,6 +23,7 @@ from etils import epath
 import pec_jax
 from pec_jax import io
 from pec_jax.config import to_dict
+from pec_jax.config.changes import OF_TRAINING
 from pec_jax.config.registry import ENCODERS, REWARDS, Registry
 from pec_jax.errors import FileError
 from pec_jax.training import base_evaluation
@@ -32,10 +33,6 @@ from pec_jax.training.evaluator import Evaluation
 MAX_BYTES = 2**30  # of arrays; what is larger takes longer to train than to evaluate
 KEPT = 64  # evaluations, of about 5 MB each
 
-# The fields that an evaluation does not read. One that is new counts as read until it is here.
-_OF_TRAINING = frozenset(
-    {"num_iterations", "objective", "constraints", "batch", "updates", "optimizer", "schedule"}
-)
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
 
 
@@ -51,7 +48,7 @@ def place(experiment: Experiment) -> epath.Path | None:
     if jax.process_count() > 1 or size > MAX_BYTES or not _is_ours(experiment):
         return None
     digest = hashlib.sha256()
-    config = {k: v for k, v in to_dict(experiment.config).items() if k not in _OF_TRAINING}
+    config = {k: v for k, v in to_dict(experiment.config).items() if k not in OF_TRAINING}
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     devices = [device.device_kind for device in jax.devices()]
     digest.update(json.dumps([config, versions, devices], sort_keys=True).encode())

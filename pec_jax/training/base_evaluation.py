@@ -23,6 +23,12 @@ def exists(directory: epath.Path) -> bool:
     return (directory / _NUMBERS).exists() and (directory / _MOMENTS).exists()
 
 
+def remove(directory: epath.Path) -> None:
+    """Leaves none, so that it will be made anew."""
+    for name in (_NUMBERS, _MOMENTS):
+        (directory / name).unlink(missing_ok=True)
+
+
 def write(directory: epath.Path, evaluation: Evaluation) -> None:
     """Writes both files, the one that a person reads last."""
     tensors = {

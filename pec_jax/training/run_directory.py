@@ -13,14 +13,16 @@ import os
 import types
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from pec_jax import io
 from pec_jax.config import Config, ConfigError, differences, from_config_dict, to_dict
+from pec_jax.config.changes import alters_evaluation, binding
 from pec_jax.errors import FileError, RunError
 from pec_jax.families.base import Pipeline
 from pec_jax.rl.train_step import initial_state
-from pec_jax.training import build
+from pec_jax.training import base_evaluation, build
 from pec_jax.training.checkpoint import restore_newest
 from pec_jax.training.hold import Hold, new_directory
 from pec_jax.types import PyTree
@@ -84,20 +86,22 @@ class RunDirectory:
                     f"--workdir={self.path}: {place} is a file. Give the name of a directory."
                 )
         changes = self.changes(config)
-        if changes and not allow_config_change:
+        if (fields := binding(changes)) and not allow_config_change:
             raise RunError(
-                f"{self.path} was made with another config:\n  " + "\n  ".join(changes) + "\n"
-                "Choose another --workdir, or pass --allow_config_change to go on with the new one."
+                f"{self.path} was made with another config:\n  "
+                + "\n  ".join(changes[field] for field in fields)
+                + "\nWhat it has learned depends on that. Choose another --workdir, or pass "
+                "--allow_config_change to resume with the new one."
             )
 
-    def changes(self, config: Config) -> list[str]:
-        """One line for each field in which `config` differs from that of the directory's run.
+    def changes(self, config: Config) -> dict[str, str]:
+        """Dotted field -> a line, where `config` differs from that of the directory's run.
 
         Raises:
           RunError: the directory's config.json cannot be read.
         """
         if not self.config_file.exists():
-            return []
+            return {}
         try:
             return differences(_as_now(io.read_json(self.config_file)), to_dict(config))
         except FileError as error:
@@ -106,9 +110,24 @@ class RunDirectory:
     def commit(self, config: Config) -> None:
         """Makes this the directory of a run of `config`; from here on, files may be written."""
         self.check_held()
-        if not self.config_file.exists() or self.changes(config):
+        changes = self.changes(config)
+        if changes:
+            for line in changes.values():
+                logging.info("Resuming with %s.", line)
+            self._set_results_aside(alters_evaluation(changes))
+        if changes or not self.config_file.exists():
             io.write_json(self.config_file, to_dict(config))
         self._committed = True
+
+    def _set_results_aside(self, base_too: bool) -> None:
+        """Keeps what the final evaluation said under another name, for another will be made."""
+        if self.evaluation_file.exists():
+            step = io.read_json(self.evaluation_file).get("iterations", 0)
+            kept = self.path / f"eval_step_{int(step):06d}.json"
+            io.write_bytes(kept, self.evaluation_file.read_bytes())
+            self.evaluation_file.unlink()
+        if base_too:
+            base_evaluation.remove(self.path)
 
     def check_held(self) -> None:
         """Raises RunError if another process has taken the directory in the meantime."""

@@ -117,17 +117,19 @@ class _Run:
         writer = make_writer(self._directory, first, first=processes.is_primary())
         progress = Progress(self._config.num_iterations, first, SHOWN, first=processes.is_primary())
         log = _Log(writer, progress, self._config)
+        iterations = range(first, self._config.num_iterations)
         compiler = ThreadPoolExecutor(1)
-        compiling = compiler.submit(self._compile, state)
+        compiling = compiler.submit(self._compile, state) if iterations else None
         try:
             self._base = self._base_evaluation()
             if first == 0:
                 self._save_samples(writer, 0, state)
-            logging.info("Compiling the train step ...")
-            step, stopped = compiling.result(), False
-            for iteration in range(first, self._config.num_iterations):
+            stopped = False
+            for iteration in iterations:
                 if stopped := stop.agreed(iteration):
                     break
+                assert compiling is not None
+                step = compiling.result()
                 state, metrics = step(state, self._frozen, self._batch(iteration), self._key)
                 log.add(iteration + 1, metrics)
                 if iteration + 1 < self._config.num_iterations:
@@ -147,10 +149,16 @@ class _Run:
             restored = self._checkpointer.restore(state)
         except OtherModelError as error:
             changes = self._directory.changes(self._config)
-            raise RunError("\n  ".join([str(error), *changes])) from None
+            raise RunError("\n  ".join([str(error), *changes.values()])) from None
         if restored is not None:
-            logging.info("Resuming after iteration %d.", int(restored.step))
-            return restored, int(restored.step)
+            step, end = int(restored.step), self._config.num_iterations
+            if step > end:
+                raise RunError(
+                    f"{self._directory.path} has {step} iterations already, more than "
+                    f"config.num_iterations = {end}. Choose another --workdir, or at least {step}."
+                )
+            logging.info("Resuming after iteration %d of %d.", step, end)
+            return restored, step
         logging.info(
             "Trainable parameters:\n%s",
             parameter_overview.get_parameter_overview(
@@ -193,6 +201,7 @@ class _Run:
 
     def _compile(self, state: TrainState) -> jax.stages.Compiled:
         """The train step, for states like `state`; in a thread, while the base is evaluated."""
+        logging.info("Compiling the train step ...")
         with mesh_lib.active(self._mesh, self._config):  # which a thread does not inherit
             return self._step.lower(state, self._frozen, self._batch(0), self._key).compile()
 
@@ -242,6 +251,8 @@ class _Run:
             return base_evaluation.read(directory)
         kept = base_cache.place(self._experiment)
         found = base_cache.read(kept)
+        if found is None:
+            logging.info("Evaluating the base model ...")
         result = found or self._full_evaluation(self._params)
         if processes.is_primary():
             base_evaluation.write(directory, result)

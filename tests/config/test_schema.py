@@ -46,16 +46,16 @@ def test_a_config_survives_the_way_through_json(small_config):
     config = from_config_dict(small_config)
     stored = json.loads(json.dumps(config_lib.to_dict(config)))
     assert from_config_dict(stored) == config
-    assert config_lib.differences(stored, config_lib.to_dict(config)) == []
+    assert config_lib.differences(stored, config_lib.to_dict(config)) == {}
 
 
 def test_differences_name_the_field_and_both_values(small_config):
     old = config_lib.to_dict(from_config_dict(small_config))
     small_config.optimizer.learning_rate = 0.5
     new = config_lib.to_dict(from_config_dict(small_config))
-    assert config_lib.differences(old, new) == [
-        "config.optimizer.learning_rate: 0.003 there, 0.5 now"
-    ]
+    assert config_lib.differences(old, new) == {
+        "optimizer.learning_rate": "config.optimizer.learning_rate: 0.003 there, 0.5 now"
+    }
 
 
 def test_dataclasses_are_frozen(small_config):

@@ -338,3 +338,31 @@ def test_a_held_directory_is_refused_and_unchanged(finished):
         train_lib.train(tiny_config(), finished)
     assert tree_hash(finished) == before
     other.release(restore=True)
+
+
+def metrics_of(directory):
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    trained = [line for line in lines if "reward/mean" in line]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in trained]
+
+
+def test_a_finished_run_goes_on_as_one_that_was_longer(tmp_path):
+    """Bit for bit; what is evaluated may change on the way, and the base is evaluated so too."""
+    short, long = tiny_config(), tiny_config()
+    long.num_iterations = 4
+    long.eval.num_prompts = 3
+    long.schedule.log_every = 1
+    first = train_lib.train(short, tmp_path / "grown")
+    grown = train_lib.train(long, tmp_path / "grown")
+    straight = train_lib.train(long, tmp_path / "straight")
+    assert grown == straight
+    assert metrics_of(tmp_path / "grown") == metrics_of(tmp_path / "straight")
+    assert json.loads((tmp_path / "grown" / "eval_step_000002.json").read_text()) == first
+    assert (first["base/count/prompts"], grown["base/count/prompts"]) == (2, 3)
+
+
+def test_a_run_cannot_become_shorter_than_it_is(finished):
+    before = tree_hash(finished)
+    with pytest.raises(RunError, match=r"has 2 iterations already.*at least 2"):
+        train_lib.train(changed("num_iterations", 1), finished)
+    assert tree_hash(finished) == before
