@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
 
-import sweep  # noqa: E402
+import jobs as runner  # noqa: E402
 
 from benchmarks import recipes  # noqa: E402
 from pec_jax.errors import exit_on_user_error, quiet_libraries  # noqa: E402
@@ -77,7 +77,7 @@ def length(flops: int, reference: int) -> int:
     return EVALUATIONS * max(1, round(iterations / EVALUATIONS))
 
 
-def job(runs: Path, recipe: recipes.Recipe, seed: str, iterations: int) -> sweep.Job:
+def job(runs: Path, recipe: recipes.Recipe, seed: str, iterations: int) -> runner.Job:
     """One run, evaluated on its way."""
     fields = {
         **{name: _typed(value) for name, value in recipe.fields.items()},
@@ -90,7 +90,7 @@ def job(runs: Path, recipe: recipes.Recipe, seed: str, iterations: int) -> sweep
         "eval.entropy_probes": "0",
         "seed": seed,
     }
-    return sweep.Job(runs / f"{recipe.label}_seed={seed}", CONFIG, tuple(fields.items()))
+    return runner.Job(runs / f"{recipe.label}_seed={seed}", CONFIG, tuple(fields.items()))
 
 
 def _typed(value: object) -> str:
@@ -119,14 +119,14 @@ def train(curves: dict[str, Curve], runs: Path, seeds: Sequence[str], parallel: 
       SystemExit: a run failed, or the command was told to stop.
     """
     reference = recipes.cost(recipes.REFERENCE)
-    jobs: dict[str, tuple[recipes.Recipe, str, sweep.Job]] = {}
+    jobs: dict[str, tuple[recipes.Recipe, str, runner.Job]] = {}
     for seed in seeds:
         for recipe in all_recipes():
             one = job(runs, recipe, seed, length(recipes.cost(recipe), reference))
             if one.directory.name not in curves:
                 jobs[one.directory.name] = (recipe, seed, one)
     try:
-        failed = sweep.run_jobs([one for *_, one in jobs.values()], parallel)
+        failed = runner.run_jobs([one for *_, one in jobs.values()], parallel)
     finally:
         for name, (recipe, seed, one) in jobs.items():
             if one.finished:

@@ -20,13 +20,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jobs as runner
 import study_archive
 import study_claims
-import sweep
 from absl import app, flags
 
-CONFIG = sweep.ROOT / "configs" / "shapes_study.py"
-TUNED = sweep.ROOT / "docs" / "results" / "study" / "tuned.json"
+CONFIG = runner.ROOT / "configs" / "shapes_study.py"
+TUNED = runner.ROOT / "docs" / "results" / "study" / "tuned.json"
 REWARDS = ("pickscore", "pickscore_taste", "attributes")  # each is trained on alone
 SEEDS = ("0", "1", "2", "3", "4")
 TUNING_SEED, TUNING_REWARD, TUNING_PROMPTS = "100", "pickscore", "shapes/tuning_open"
@@ -109,10 +109,10 @@ def job(directory: Path, seed: str, reward: str, method: Method, value: str, **m
     """One run."""
     fields = {**reward_overrides(reward), **method.overrides(value), **more, "seed": seed}
     name = "_".join(part for part in (method.label, value, f"seed={seed}") if part)
-    return sweep.Job(directory / name, CONFIG, tuple(fields.items()))
+    return runner.Job(directory / name, CONFIG, tuple(fields.items()))
 
 
-def tuning_jobs(runs: Path) -> dict[Method, dict[str, sweep.Job]]:
+def tuning_jobs(runs: Path) -> dict[Method, dict[str, runner.Job]]:
     """method -> value -> run, on the tuning seed and the tuning prompts."""
     apart = {"eval.entropy_probes": "0", "prompts.heldout": TUNING_PROMPTS}
     return {
@@ -182,9 +182,9 @@ def overall(directories: Sequence[Path]) -> dict[Path, float]:
     }
 
 
-def run_all(jobs: Sequence[sweep.Job], parallel: int) -> None:
+def run_all(jobs: Sequence[runner.Job], parallel: int) -> None:
     """Runs what is missing, `parallel` at a time; ends the program if something fails."""
-    if failed := sweep.run_jobs(jobs, parallel):
+    if failed := runner.run_jobs(jobs, parallel):
         sys.exit("Error: these runs failed: " + ", ".join(str(j.directory) for j in failed))
 
 
@@ -195,7 +195,7 @@ def reported_jobs(
     values: dict[str, list[str]],
     seeds: Sequence[str],
     **more: str,
-) -> list[sweep.Job]:
+) -> list[runner.Job]:
     """The rows of one table, all seeds; whole rounds of one seed come first."""
     jobs = []
     for seed in seeds:
@@ -212,7 +212,7 @@ def _shown(pictures: bool) -> dict[str, str]:
     return every | ({"schedule.sample_every": "1000"} if pictures else {})
 
 
-def show(jobs: Sequence[sweep.Job], out: Path) -> None:
+def show(jobs: Sequence[runner.Job], out: Path) -> None:
     """Pictures and curves of the methods that are shown: base.png and others, spread.png."""
     from pec_jax.evaluation import figures, run_table, steps
 
@@ -226,13 +226,13 @@ def show(jobs: Sequence[sweep.Job], out: Path) -> None:
     copy_grids(jobs, out)
 
 
-def _label(one: sweep.Job) -> str:
+def _label(one: runner.Job) -> str:
     """Of the method: the run's name without its value and its seed."""
     stem = one.directory.name.rpartition("_seed=")[0]
     return next(m.label for m in METHODS if m.label in (stem, stem.rpartition("_")[0]))
 
 
-def copy_grids(jobs: Sequence[sweep.Job], out: Path) -> None:
+def copy_grids(jobs: Sequence[runner.Job], out: Path) -> None:
     """The pictures of the runs that drew some: base.png, and one of each method."""
     for one in jobs:
         grids = sorted((one.directory / "samples").glob("step_*.png"))
@@ -248,7 +248,7 @@ def train_and_compare(
     for reward in REWARDS:
         jobs = reported_jobs(runs / reward, reward, METHODS, chosen, seeds)
         run_all(jobs, parallel)
-        sweep.compare([one.directory for one in jobs], out / reward)
+        runner.compare([one.directory for one in jobs], out / reward)
         show(jobs, out / reward)
     grids = [
         run.directory
@@ -256,7 +256,7 @@ def train_and_compare(
         if method in ESTIMATORS or method.label in ("none", "pec-dino")
         for run in values.values()
     ]
-    sweep.compare(grids, out / "estimators")
+    runner.compare(grids, out / "estimators")
     train_long(runs / "long", out / "long", chosen, seeds[:LONG_SEEDS], parallel)
     study_claims.write(runs, out, REWARDS)
 
@@ -268,7 +268,7 @@ def train_long(
     methods = [method for method in METHODS if method.label in SHOWN]
     jobs = reported_jobs(runs, TUNING_REWARD, methods, chosen, seeds, **LONG)
     run_all(jobs, parallel)
-    sweep.compare([one.directory for one in jobs], out)
+    runner.compare([one.directory for one in jobs], out)
     show(jobs, out)
 
 
@@ -281,7 +281,7 @@ def quick(
         runs / TUNING_REWARD, TUNING_REWARD, methods, chosen, seeds[:QUICK_SEEDS], **QUICK_LENGTH
     )
     run_all(jobs, parallel)
-    sweep.compare([one.directory for one in jobs], out / TUNING_REWARD)
+    runner.compare([one.directory for one in jobs], out / TUNING_REWARD)
     study_claims.write(runs, out, [TUNING_REWARD])
 
 

@@ -3,55 +3,32 @@
     python launch/sweep.py --config=configs/shapes_pec.py --runs=runs/weights \\
         --config.constraints.pec.weight=0.5,1,2 --config.seed=0,1,2
 
-Finished runs are skipped and interrupted ones resume from their checkpoints, so the same command
-can be killed and rerun at any time. `--print` shows one command per job instead, for the queue of
-a cluster. A value that itself holds commas goes in brackets or quotes: (0.5,1.0).
+All values are checked before anything runs. Finished runs are skipped and interrupted ones resume
+from their checkpoints, so the same command can be killed and rerun at any time. `--plan` shows what
+is done and what is left; `--print` shows one command per job instead, for the queue of a cluster. A
+value that itself holds commas goes in brackets or quotes: (0.5,1.0).
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
 import itertools
-import os
+import json
 import shlex
-import signal
-import subprocess
+import statistics
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags
+from jobs import Job, compare, run_jobs
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One run: a config with some fields set."""
-
-    directory: Path
-    config: Path
-    overrides: tuple[tuple[str, str], ...]  # field without "config." -> value as it is typed
-
-    @property
-    def command(self) -> list[str]:
-        """What starts or resumes it."""
-        return [
-            sys.executable,
-            "-m",
-            "pec_jax.main",
-            f"--config={self.config}",
-            f"--workdir={self.directory}",
-            *(f"--config.{field}={value}" for field, value in self.overrides),
-        ]
-
-    @property
-    def finished(self) -> bool:
-        """The final evaluation is the last thing that a run writes."""
-        return (self.directory / "eval.json").exists()
+from pec_jax import io
+from pec_jax.config import Config, from_config_dict
+from pec_jax.config.changes import binding, since
+from pec_jax.config.files import find, load_config
+from pec_jax.config.overrides import overridden
+from pec_jax.config.user_file import import_plugins
+from pec_jax.errors import RunError, exit_on_user_error
 
 
 def split_values(text: str) -> list[str]:
@@ -79,7 +56,11 @@ def split_values(text: str) -> list[str]:
 
 
 def grid(
-    config: Path, runs: Path, axes: Mapping[str, Sequence[str]], fixed: Mapping[str, str]
+    config: Path,
+    runs: Path,
+    axes: Mapping[str, Sequence[str]],
+    fixed: Mapping[str, str],
+    plugins: Sequence[str] = (),
 ) -> list[Job]:
     """The jobs of all combinations of the axes' values.
 
@@ -88,143 +69,94 @@ def grid(
         runs: where their directories lie, named by what varies.
         axes: field -> values; the last varies fastest.
         fixed: field -> value, the same in all runs and not in their names.
+        plugins: Python files that the runs import first.
     """
     jobs = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values))
         name = "_".join(f"{field}={value}" for field, value in chosen.items()) or "run"
         safe = "".join(c if c.isalnum() or c in "._=-" else "-" for c in name)
-        jobs.append(Job(runs / safe, config, tuple({**fixed, **chosen}.items())))
+        overrides = tuple({**fixed, **chosen}.items())
+        jobs.append(Job(runs / safe, config, overrides, tuple(plugins)))
     return jobs
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int) -> list[Job]:
-    """Runs what is not finished, `parallel` at a time, each on its own share of the cores.
+def check(jobs: Sequence[Job]) -> list[Config]:
+    """The config of each job.
 
-    What a job says goes to log.txt in its directory. A failed job does not stop the others.
-    Ctrl-C or SIGTERM ends the running ones after their iteration, with a checkpoint.
-
-    Returns:
-        The jobs that failed.
+    Raises:
+        UserFileError: the config file or a plugin fails.
+        ConfigError: of a job whose config is refused.
+        RunError: a directory holds a run of another config.
     """
-    waiting = [job for job in jobs if not job.finished]
-    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before.", flush=True)
-    if not waiting:
+    import_plugins(jobs[0].plugins)
+    shared = load_config(str(jobs[0].config))
+    configs = []
+    for job in jobs:
+        config = from_config_dict(overridden(shared, dict(job.overrides)))
+        stored = job.directory / "config.json"
+        if stored.exists():
+            changes = since(io.read_json(stored), config)
+            if fields := binding(changes):
+                raise RunError(
+                    f"{job.directory} was made with another config:\n  "
+                    + "\n  ".join(changes[field] for field in fields)
+                    + "\nChoose another --runs."
+                )
+        configs.append(config)
+    return configs
+
+
+def plan(
+    jobs: Sequence[Job], configs: Sequence[Config], axes: Mapping[str, Sequence[str]], parallel: int
+) -> str:
+    """What there is to do, on one screen: axes, how far each run is, and the time left."""
+    done = [_iterations(job.directory) for job in jobs]
+    finished = [job.finished for job in jobs]
+    begun = [i for i, job in enumerate(jobs) if done[i] and not finished[i]]
+    failed = [job for i, job in enumerate(jobs) if not finished[i] and _complaint(job)]
+    width = max(map(len, axes), default=0)
+    lines = [f"{field:<{width}}  {'  '.join(values)}" for field, values in axes.items()]
+    lines.append(
+        f"{len(jobs)} runs: {sum(finished)} finished, {len(begun)} begun, "
+        f"{len(jobs) - sum(finished) - len(begun)} to start"
+    )
+    lines += [
+        f"  {jobs[i].directory.name}: {done[i]} of {configs[i].num_iterations} iterations"
+        for i in begun[:10]
+    ]
+    lines += [f"  {job.directory.name} ended with {_complaint(job)}" for job in failed[:10]]
+    spent = [_seconds(job.directory) / n for job, n in zip(jobs, done) if n]
+    if spent and not all(finished):
+        left = sum(c.num_iterations - n for c, n, end in zip(configs, done, finished) if not end)
+        minutes = left * statistics.median(spent) / parallel / 60
+        lines.append(f"about {minutes:.0f} min left, {parallel} at a time")
+    return "\n".join(lines)
+
+
+def _steps(directory: Path) -> list[dict[str, float]]:
+    path = directory / "metrics.jsonl"
+    if not path.exists():
         return []
-    pool, running = _Cores(parallel), _Running()
-    failed, start = [], time.monotonic()
-    with running.stopped_by_signals(), concurrent.futures.ThreadPoolExecutor(parallel) as threads:
-        futures = {threads.submit(_run_job, job, pool, running): job for job in waiting}
-        for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-            job = futures[future]
-            if running.stopping:
-                continue
-            spent = time.monotonic() - start
-            left = spent / done * (len(waiting) - done)
-            state = "finished" if future.result() else "FAILED, see its log.txt"
-            print(
-                f"[{done}/{len(waiting)}] {job.directory.name} {state}; "
-                f"{spent / 60:.0f} min so far, about {left / 60:.0f} to go",
-                flush=True,
-            )
-            if not future.result():
-                failed.append(job)
-    if running.stopping:
-        sys.exit("Stopped; the same command resumes from here.")
-    return failed
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if '"reward/mean"' in line and line.endswith("}")]
 
 
-def compare(directories: Sequence[Path], out: Path) -> None:
-    """The table, the figures and the report of finished runs."""
-    command = [sys.executable, "-m", "pec_jax.compare", f"--out={out}", *map(str, directories)]
-    subprocess.run(command, cwd=ROOT, check=True)
+def _iterations(directory: Path) -> int:
+    return int(max((step["step"] for step in _steps(directory)), default=0))
 
 
-class _Cores:
-    """Shares of the machine's cores, lent to one job each."""
-
-    def __init__(self, parts: int):
-        available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._shares = [available[i::parts] for i in range(parts)]
-        self._lock = threading.Lock()
-
-    def take(self) -> list[int]:
-        with self._lock:
-            return self._shares.pop()
-
-    def give(self, share: list[int]) -> None:
-        with self._lock:
-            self._shares.append(share)
+def _seconds(directory: Path) -> float:
+    """Of its iterations, with what is done between them."""
+    return sum(step["time/step_seconds"] for step in _steps(directory))
 
 
-class _Running:
-    """The processes that run now, so that a signal reaches them."""
-
-    def __init__(self) -> None:
-        self.stopping = False
-        self._processes: set[subprocess.Popen] = set()
-
-    def add(self, process: subprocess.Popen) -> None:
-        self._processes.add(process)
-        if self.stopping:
-            process.terminate()
-
-    def remove(self, process: subprocess.Popen) -> None:
-        self._processes.discard(process)
-
-    def stopped_by_signals(self):
-        running = self
-
-        class Handlers:
-            def __enter__(self):
-                self.previous = {
-                    s: signal.signal(s, running._stop) for s in (signal.SIGTERM, signal.SIGINT)
-                }
-
-            def __exit__(self, *_):
-                for number, handler in self.previous.items():
-                    signal.signal(number, handler)
-
-        return Handlers()
-
-    def _stop(self, *_) -> None:
-        self.stopping = True
-        print("Stopping after the iterations that are under way ...", flush=True)
-        for process in list(self._processes):
-            process.terminate()
-
-
-def _run_job(job: Job, pool: _Cores, running: _Running) -> bool:
-    if running.stopping:
-        return False
-    job.directory.mkdir(parents=True, exist_ok=True)
-    share = pool.take()
-
-    # All runs of a sweep compile the same few programs: they share them on disk.
-    cache = str(job.directory.parent / ".compiled")
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # many small ones add up
-        **os.environ,
-    }
-    try:
-        with (job.directory / "log.txt").open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                job.command,
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is passed on by us, once
-            )
-            if share:  # before it has started a single thread
-                os.sched_setaffinity(process.pid, share)
-            running.add(process)
-            process.wait()
-            running.remove(process)
-    finally:
-        pool.give(share)
-    return process.returncode == 0 and job.finished
+def _complaint(job: Job) -> str:
+    """The error that a run's log ends with, in one line; empty if there is none."""
+    log = job.directory / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    last = next((line for line in reversed(lines) if line and not line.startswith(" ")), "")
+    return last[:100] if "Error" in last.partition(":")[0] else ""
 
 
 def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -244,21 +176,24 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def main(argv: list[str]) -> None:
-    """Runs or prints the grid, then compares."""
+    """Checks, then shows, prints or runs the grid, and compares."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not _CONFIG.value or not Path(_CONFIG.value).is_file():
-        sys.exit(f"Error: --config={_CONFIG.value} is not a file, e.g. configs/shapes_pec.py.")
-    try:
+    if not _CONFIG.value:
+        raise app.UsageError("--config is missing, e.g. --config=configs/shapes_pec.py.")
+    with exit_on_user_error():
         axes = {field: split_values(text) for field, text in _overrides.items()}
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
-    runs = Path(_RUNS.value).absolute()
-    fixed = {field: values[0] for field, values in axes.items() if len(values) == 1}
-    varied = {field: values for field, values in axes.items() if len(values) > 1}
-    jobs = grid(Path(_CONFIG.value).absolute(), runs, varied, fixed)
+        fixed = {field: values[0] for field, values in axes.items() if len(values) == 1}
+        varied = {field: values for field, values in axes.items() if len(values) > 1}
+        runs = Path(_RUNS.value).absolute()
+        plugins = [str(Path(plugin).expanduser().absolute()) for plugin in _PLUGIN.value]
+        jobs = grid(find(_CONFIG.value).absolute(), runs, varied, fixed, plugins)
+        configs = check(jobs)
     if _PRINT.value:
         print("\n".join(shlex.join(job.command) for job in jobs))
+        return
+    print(plan(jobs, configs, varied, _JOBS.value), flush=True)
+    if _PLAN.value:
         return
     failed = run_jobs(jobs, _JOBS.value)
     if failed:
@@ -267,9 +202,13 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = flags.DEFINE_string("config", None, "Config file that all runs share.")
+    _CONFIG = flags.DEFINE_string(
+        "config", None, "Config that all runs share: a file, or the name of a shipped one."
+    )
+    _PLUGIN = flags.DEFINE_multi_string("plugin", [], "Python file that the runs import first.")
     _RUNS = flags.DEFINE_string("runs", "runs/sweep", "Directory of the run directories.")
     _JOBS = flags.DEFINE_integer("jobs", 1, "Number of runs at the same time.", lower_bound=1)
     _PRINT = flags.DEFINE_bool("print", False, "Print one command per job and run nothing.")
+    _PLAN = flags.DEFINE_bool("plan", False, "Show what is done and what is left, and run nothing.")
     _arguments, _overrides = take_overrides(sys.argv)
     app.run(main, argv=_arguments)

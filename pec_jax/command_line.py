@@ -120,6 +120,11 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except SystemExit:  # absl leaves this way after --help, with status 1
+        if "config" in flags.FLAGS and "--helpxml" not in argv:
+            sys.stdout.flush()  # what follows imports every reward and method
+            from pec_jax.config.describe import describe
+
+            print(f"\n{describe()}")
         sys.exit(0)
     except (flags.Error, RunError, AttributeError, LookupError, TypeError, ValueError) as error:
         # ml_collections reports a mistyped override by any of these

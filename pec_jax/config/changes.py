@@ -7,9 +7,13 @@ devices over which an iteration is computed.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from pec_jax.config.errors import ConfigError
+from pec_jax.config.schema import Config, from_config_dict, to_dict
 
 # What only training reads: the evaluation of a given model does not depend on it. A field that is
 # new counts as read by both until it is here.
@@ -23,6 +27,16 @@ _FREE = re.compile(
     r"|prompts\.(heldout|samples)|(rewards|encoders)\.[^.]+\.evaluate"
     r"|rewards\.[^.]+\.max_failures"
 )
+
+
+def since(stored: Mapping[str, Any], config: Config) -> dict[str, str]:
+    """`differences` from a config as a run has stored it.
+
+    Definitions and fields with a default that are newer than it count as having that default.
+    """
+    with contextlib.suppress(ConfigError):  # of another version: all differences are listed
+        stored = to_dict(from_config_dict(stored))
+    return differences(stored, to_dict(config))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from pec_jax.config.errors import ConfigError
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")
+
+
+def overridden(config: ConfigDict, fields: Mapping[str, str]) -> ConfigDict:
+    """A copy of a config with fields set as `--config.FIELD=VALUE` sets them.
+
+    Args:
+        config: stays as it is.
+        fields: dotted field, without "config." -> value as it is typed.
+
+    Raises:
+        ConfigError: a field that does not exist, or a value that is not of its type.
+    """
+    argv = ["", *(f"--config.{field}={value}" for field, value in fields.items())]
+    copy = ConfigDict(config.to_dict()).lock()
+    check_overrides(copy, argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict("config", copy, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    return holder.value
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from pec_jax import io
-from pec_jax.config.schema import flatten
+from pec_jax.config.changes import flatten
 from pec_jax.errors import RunError
 from pec_jax.evaluation.labels import Label, label_of, without_what_is_off
 from pec_jax.evaluation.table import Row, is_column

@@ -17,8 +17,8 @@ from absl import logging
 from etils import epath
 
 from pec_jax import io
-from pec_jax.config import Config, ConfigError, differences, from_config_dict, to_dict
-from pec_jax.config.changes import alters_evaluation, binding
+from pec_jax.config import Config, ConfigError, from_config_dict, to_dict
+from pec_jax.config.changes import alters_evaluation, binding, since
 from pec_jax.errors import FileError, RunError
 from pec_jax.families.base import Pipeline
 from pec_jax.rl.train_step import initial_state
@@ -103,7 +103,7 @@ class RunDirectory:
         if not self.config_file.exists():
             return {}
         try:
-            return differences(_as_now(io.read_json(self.config_file)), to_dict(config))
+            return since(io.read_json(self.config_file), config)
         except FileError as error:
             raise RunError(f"{error}. Choose a new --workdir.") from None
 
@@ -133,14 +133,6 @@ class RunDirectory:
         """Raises RunError if another process has taken the directory in the meantime."""
         if self._hold is not None:
             self._hold.check()
-
-
-def _as_now(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config with the defaults of definitions that are newer than it."""
-    try:
-        return to_dict(from_config_dict(stored))
-    except ConfigError:  # of another version: all differences will be listed
-        return stored
 
 
 def _check_cloud_library(path: epath.Path) -> None:

@@ -85,7 +85,7 @@ def test_what_has_finished_is_kept_when_the_rest_is_interrupted(tmp_path, monkey
             (job.directory / "eval.json").write_text(json.dumps(ends | base | {"iterations": 2}))
         raise SystemExit("Stopped.")
 
-    monkeypatch.setattr(time_to_quality.sweep, "run_jobs", run)
+    monkeypatch.setattr(time_to_quality.runner, "run_jobs", run)
     monkeypatch.setattr(recipes, "cost", lambda recipe: 100)
     curves = {}
     with pytest.raises(SystemExit):
@@ -103,5 +103,5 @@ def test_what_has_finished_is_kept_when_the_rest_is_interrupted(tmp_path, monkey
         assert len(names) == 2 * len(time_to_quality.all_recipes()) - 3
         return []
 
-    monkeypatch.setattr(time_to_quality.sweep, "run_jobs", rest)
+    monkeypatch.setattr(time_to_quality.runner, "run_jobs", rest)
     time_to_quality.train(curves, tmp_path, ["0", "1"], 2)

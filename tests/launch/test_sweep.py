@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import json
 import os
 import signal
 import subprocess
@@ -13,17 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from pec_jax.config import to_dict
+from pec_jax.errors import RunError
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def sweep():
-    """launch/ is not a package: loaded from its file."""
-    spec = importlib.util.spec_from_file_location("sweep", ROOT / "launch" / "sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    return module
+    """launch/ is not a package: its files find one another as scripts do."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    yield importlib.import_module("sweep")
+    sys.path.remove(str(ROOT / "launch"))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,15 @@ def test_print_shows_commands_and_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config=no.py"], "is not a file"),
+        (["--config=no.py"], "no.py does not exist"),
+        (
+            [f"--config={ROOT}/configs/shapes_pec.py", "--config.sed=1,2"],
+            "Did you mean config.seed?",
+        ),
+        (["--config=shapes_pec", "--config.seed=1,-2"], "it must be at least 0"),
+        (["--config=shapes_pec", "--config.batch.group_size=4,x"], "x"),
+        (["--config=shapes_pec", "--plugin=no.py"], "plugin"),
+        ([], "--config is missing"),
         ([f"--config={ROOT}/configs/shapes_pec.py", "--config.seed=1,,2"], "not a list of values"),
     ],
 )
@@ -126,6 +136,64 @@ def test_mistakes_are_sentences(tmp_path, arguments, words):
     )
     assert done.returncode != 0
     assert words in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def finish(job, iterations, ended=True):
+    """What a run leaves behind, of two seconds an iteration."""
+    job.directory.mkdir(parents=True)
+    steps = [
+        {"step": i + 1, "reward/mean": 0.5, "time/step_seconds": 2.0} for i in range(iterations)
+    ]
+    lines = [
+        *map(json.dumps, steps),
+        '{"step": 1, "quality/pickscore": 0.5}',
+        '{"reward/mean": 1, "st',
+    ]
+    (job.directory / "metrics.jsonl").write_text("\n".join(lines))
+    if ended:
+        (job.directory / "eval.json").write_text(json.dumps({"iterations": iterations}))
+
+
+def test_the_plan_is_one_screen(sweep, tmp_path):
+    axes = {"constraints.pec.weight": ["1", "2"], "seed": ["0", "1", "2"]}
+    fixed = {"num_iterations": "60"}
+    jobs = sweep.grid(ROOT / "configs" / "shapes_pec.py", tmp_path, axes, fixed)
+    configs = sweep.check(jobs)
+    assert {c.constraints["pec"].weight for c in configs} == {1.0, 2.0}
+    assert "left" not in sweep.plan(jobs, configs, axes, 2)
+    finish(jobs[0], 60)
+    finish(jobs[1], 30, ended=False)
+    finish(jobs[2], 30)  # finished when the runs were shorter
+    (jobs[3].directory).mkdir()
+    (jobs[3].directory / "log.txt").write_text("10:00 Loading\nError: no space left on device\n")
+    assert sweep.plan(jobs, configs, axes, 2).splitlines() == [
+        "constraints.pec.weight  1  2",
+        "seed                    0  1  2",
+        "6 runs: 1 finished, 2 begun, 3 to start",
+        f"  {jobs[1].directory.name}: 30 of 60 iterations",
+        f"  {jobs[2].directory.name}: 30 of 60 iterations",
+        f"  {jobs[3].directory.name} ended with Error: no space left on device",
+        "about 4 min left, 2 at a time",
+    ]
+
+
+def test_a_directory_of_another_config_is_refused_and_a_longer_run_is_not(sweep, tmp_path):
+    path = ROOT / "configs" / "shapes_pec.py"
+    (job,) = sweep.grid(path, tmp_path, {"seed": ["0"]}, {"num_iterations": "3"})
+    (config,) = sweep.check([job])
+    job.directory.mkdir()
+    (job.directory / "config.json").write_text(json.dumps(to_dict(config)))
+    (longer,) = sweep.grid(path, tmp_path, {"seed": ["0"]}, {"num_iterations": "5"})
+    assert sweep.check([longer])[0].num_iterations == 5
+    (other,) = sweep.grid(path, tmp_path, {"seed": ["0"]}, {"batch.groups": "8"})
+    with pytest.raises(RunError, match=r"config\.batch\.groups: 6 there, 8 now"):
+        sweep.check([other])
+
+
+def test_plugins_go_to_the_runs(sweep, tmp_path):
+    (job,) = sweep.grid(Path("c.py"), tmp_path, {}, {}, ["/a/p.py"])
+    assert job.command[2:4] == ["pec_jax.main", "--plugin=/a/p.py"]
 
 
 def test_a_killed_sweep_ends_its_runs_and_resumes_later(tmp_path):
@@ -136,7 +204,7 @@ def test_a_killed_sweep_ends_its_runs_and_resumes_later(tmp_path):
         import sys
         sys.path.insert(0, {str(ROOT / "launch")!r})
         from pathlib import Path
-        import sweep
+        import jobs
 
         class Job:
             directory = Path({str(tmp_path / "run")!r})
@@ -149,7 +217,7 @@ def test_a_killed_sweep_ends_its_runs_and_resumes_later(tmp_path):
             )]
             finished = property(lambda self: (self.directory / "eval.json").exists())
 
-        print(sweep.run_jobs([Job()], 1))
+        print(jobs.run_jobs([Job()], 1))
         """)
     )
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
