@@ -6,18 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import jax
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from pec_jax.config.schema import from_config_dict, to_dict
 from pec_jax.errors import FileError, RunError
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
+from pec_jax.inference import model_card
 from pec_jax.io import write_json
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.training.build import build
@@ -30,6 +33,7 @@ PROMPTS = ("a small red cat in the snow", "two large blue stars at the top")
 LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
 LORA, WEIGHTS = "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"
 STEPS = 4
+CARD = ["README.md", "samples.png", "samples_base.png"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,7 +142,7 @@ def test_a_lora_samples_the_same_in_diffusers(tmp_path, lora_run, start, use_ema
     )
     assert code == 0, output
     assert "pipe.load_lora_weights" in output
-    assert names(out) == [LORA]
+    assert names(out) == sorted([*CARD, LORA])
     expected = ours(start, tmp_path / "run", lora_run, use_ema=use_ema)
     assert relative(expected, ours(start, tmp_path / "base")) > 0.05
     assert relative(theirs(start, lora=out), expected) < 1e-3
@@ -150,7 +154,7 @@ def test_a_transformer_samples_the_same_in_diffusers(tmp_path, lora_run, start):
     code, output = command(f"--workdir={lora_run}", "--kind=transformer", f"--out={out}")
     assert code == 0, output
     assert "SD3Transformer2DModel.from_pretrained" in output
-    assert names(out) == ["config.json", WEIGHTS]
+    assert names(out) == sorted([*CARD, "config.json", WEIGHTS])
     transformer = diffusers.SD3Transformer2DModel.from_pretrained(out)
     expected = ours(start, tmp_path / "run", lora_run)
     assert relative(theirs(start, transformer=transformer), expected) < 1e-3
@@ -183,7 +187,7 @@ def test_an_export_replaces_an_export_of_its_kind_only(tmp_path, lora_run):
     exporting.run(lora_run, "lora", tmp_path)
     before = (tmp_path / LORA).read_bytes()
     exporting.run(lora_run, "lora", tmp_path, use_ema=False)
-    assert names(tmp_path) == [LORA] and (tmp_path / LORA).read_bytes() != before
+    assert names(tmp_path) == sorted([*CARD, LORA]) and (tmp_path / LORA).read_bytes() != before
     with pytest.raises(RunError, match="only an earlier export of kind transformer"):
         exporting.run(lora_run, "transformer", tmp_path)
     (tmp_path / "notes.txt").touch()
@@ -213,9 +217,13 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, lora_run, monk
     with pytest.raises(OSError, match="No space left"):
         exporting.run(lora_run, "transformer", tmp_path / "out")
     monkeypatch.undo()
-    assert names(tmp_path / "out") == [WEIGHTS]  # the old one, and no longer a whole model
+    assert names(tmp_path / "out") == [
+        "README.md",
+        WEIGHTS,
+        *CARD[1:],
+    ]  # the old one, and no longer a whole model
     exporting.run(lora_run, "transformer", tmp_path / "out")
-    assert names(tmp_path / "out") == ["config.json", WEIGHTS]
+    assert "config.json" in names(tmp_path / "out")
 
 
 def test_a_directory_that_is_no_run_is_answered(tmp_path, lora_run):
@@ -255,3 +263,50 @@ def test_help_and_missing_flags():
     _, output = command("--help")
     for flag in ("workdir", "kind", "out", "use_ema", "dtype"):
         assert f"--{flag}" in output or f"--[no]{flag}" in output
+
+
+class TestCard:
+    """What the hub shows of an export."""
+
+    def test_it_says_what_was_made_how_and_what_it_does(self, tmp_path, lora_run):
+        exporting.run(lora_run, "lora", tmp_path)
+        card = ModelCard.load(tmp_path / "README.md")
+        data = card.data.to_dict()
+        assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
+        assert data["license"] == "apache-2.0" and "lora" in data["tags"]
+        assert "# shapes, fine-tuned with Flow-GRPO" in card.text
+        assert "2 iterations of 2 prompts with 4 images each, seed 0" in card.text
+        numbers = json.loads((lora_run / "eval.json").read_text())
+        assert f"| {numbers['base/quality/pickscore']:.4g} (" in card.text
+        assert f"| {numbers['quality/pickscore']:.4g} (" in card.text
+        assert '"learning_rate": 0.1' in card.text
+        for name in CARD[1:]:
+            assert f"]({name})" in card.text
+        before = lora_run / "samples" / "step_000000.png"
+        assert (tmp_path / "samples_base.png").read_bytes() == before.read_bytes()
+
+    def test_its_code_runs(self, tmp_path, lora_run):
+        exporting.run(lora_run, "lora", tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        code = text.partition("```python\n")[2].partition("```")[0]
+        code = code.replace("PATH OR HUB ID OF THIS REPOSITORY", str(tmp_path))
+        scope = {}
+        exec(code, scope)
+        assert scope["image"].size == (64, 64)
+
+    def test_a_hub_model_is_named_with_its_revision_and_a_directory_is_not(self):
+        values = small_config_dict()
+        values.model.path = "stabilityai/stable-diffusion-3.5-medium@abc"
+        values.constraints.pec.weight = 0.5
+        classes = ("StableDiffusion3Pipeline", "SD3Transformer2DModel")
+        config, run = from_config_dict(values), Path("/none")
+        text = model_card.model_card(run, config, "transformer", classes)
+        data = ModelCard(text).data.to_dict()
+        assert data["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
+        assert data["base_model_relation"] == "finetune" and data["license"] == "other"
+        assert 'from_pretrained("stabilityai/stable-diffusion-3.5-medium", revision="abc"' in text
+        assert "fine-tuned with PEC (dino, weight 0.5)" in text and "has not ended" in text
+        values.model.path = "/home/someone/models/my-sd3"
+        text = model_card.model_card(run, from_config_dict(values), "lora", classes)
+        assert "someone" not in text and "my-sd3" in text
+        assert "base_model" not in ModelCard(text).data.to_dict()

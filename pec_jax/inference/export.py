@@ -14,7 +14,8 @@ from pec_jax.errors import RunError
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.families.networks import STEM
 from pec_jax.families.pipeline import load_pipeline
-from pec_jax.io import read_json, write_json
+from pec_jax.inference import model_card
+from pec_jax.io import read_json, write_bytes, write_json, write_text
 from pec_jax.models import lora
 from pec_jax.training.run_directory import learned_params, run_config
 from pec_jax.types import PyTree
@@ -22,10 +23,11 @@ from pec_jax.weights import lora_files
 from pec_jax.weights.convert import to_torch
 from pec_jax.weights.tensors import read_metadata, write_tensors
 
+_CARD = (model_card.CARD, *model_card.GRIDS)
 # Kind -> the files of an export, that with the weights first.
 FILES = {
-    "lora": (f"{lora_files.STEM}.safetensors",),
-    "transformer": (f"{STEM}.safetensors", "config.json"),
+    "lora": (f"{lora_files.STEM}.safetensors", *_CARD),
+    "transformer": (f"{STEM}.safetensors", "config.json", *_CARD),
 }
 MARK = {"written_by": "pec_jax.export"}  # in the weights' header: this may be replaced
 
@@ -39,7 +41,8 @@ def run(
       workdir: the run directory.
       kind: `lora` writes pytorch_lora_weights.safetensors, for `pipe.load_lora_weights(out)`;
         `transformer` writes config.json and diffusion_pytorch_model.safetensors, for
-        `from_pretrained(out)` of the transformer's class, with a LoRA merged into the weights.
+        `from_pretrained(out)` of the transformer's class, with a LoRA merged into the weights. Both
+        come with a card for the hub, README.md, and the run's sample grids.
       out: an empty or new directory, or one that holds an earlier export of this kind.
       use_ema: the averaged parameters instead of the last ones.
       dtype: of the tensors written, float32 or bfloat16.
@@ -59,8 +62,11 @@ def run(
     root = pipeline_directory(config.model.path, config.model.variant)
     pipeline = load_pipeline(root, text=False, variant=config.model.variant)
     learned = learned_params(workdir, config, pipeline, use_ema=use_ema)
+    classes = type(pipeline).class_name, type(pipeline).transformer_network.class_name
+    card = model_card.model_card(workdir, config, kind, classes)
     if kind == "lora":
         lora_files.write_lora(out, cast(learned, dtype), config.trainable.alpha, MARK)
+        _describe(workdir, out, card)
         logging.info("Load it in diffusers with pipe.load_lora_weights(%r).", str(out))
         return
     variables = merged(config.trainable, learned, pipeline.transformer_variables)
@@ -68,6 +74,7 @@ def run(
     # The config goes first and comes last, so that a directory that has one is whole.
     (out / "config.json").unlink(missing_ok=True)
     write_tensors(out, to_torch(cast(variables, dtype)), STEM, MARK)
+    _describe(workdir, out, card)
     write_json(out / "config.json", architecture)
     name = architecture.get("_class_name")
     logging.info("Load it in diffusers with %s.from_pretrained(%r).", name, str(out))
@@ -89,6 +96,13 @@ def prepare(out: epath.Path, kind: str) -> None:
             f"{out} is not empty, and only an earlier export of kind {kind} "
             f"({', '.join(FILES[kind])}) is replaced: choose another --out."
         )
+
+
+def _describe(workdir: epath.Path, out: epath.Path, card: str) -> None:
+    """Writes the card and the pictures that it shows."""
+    for name, grid in model_card.grids(workdir).items():
+        write_bytes(out / name, grid.read_bytes())
+    write_text(out / model_card.CARD, card)
 
 
 def merged(trainable: TrainableConfig, learned: PyTree, transformer: PyTree) -> PyTree:
