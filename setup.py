@@ -42,6 +42,8 @@ EXTRAS = {
     # text in images, read on the host; its wheel carries the models
     "ocr": ["rapidocr>=3.10,<4", "onnxruntime>=1.32"],
     "geneval": ["torch>=2.6"],  # the detector in process; transformers is required already
+    "wandb": ["wandb>=0.19,<1"],  # --log=wandb
+    "mlflow": ["mlflow-skinny>=3,<4"],  # --log=mlflow; a server needs all of mlflow
     "remote": ["httpx2>=2.0,<3"],  # judges on servers
     "test": [
         "torch==2.13.0",  # the oracle of the parity tests
@@ -50,6 +52,10 @@ EXTRAS = {
         "rapidocr>=3.10,<4",  # the extra `ocr`
         "onnxruntime>=1.32",  # likewise
         "httpx2>=2.0,<3",  # the extra `remote`
+        "wandb>=0.19,<1",  # the extra `wandb`
+        "mlflow-skinny>=3,<4",  # the extra `mlflow`
+        "sqlalchemy>=2",  # a store of mlflow's without a server
+        "alembic>=1.14",  # likewise
         "beartype>=0.20",  # checks those annotations while the tests run
         "vendi-score==0.0.3",  # oracle of the Vendi score
         "nbclient>=0.10",  # executes the notebooks

@@ -16,7 +16,14 @@ _WORKDIR = command_line.required_string(
     "workdir", "Directory that the run is written to, and resumed from."
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Resume a run although its config differs from this one."
+    "allow_config_change",
+    False,
+    "Resume a run although its config differs in a field that binds it.",
+)
+_LOG = flags.DEFINE_list(
+    "log",
+    ["tensorboard"],
+    "Who is told of the run beside its own files: tensorboard, wandb, mlflow; jsonl alone is none.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Train together with the other processes that run this command."
@@ -43,9 +50,11 @@ def main(argv: list[str]) -> None:
         if flag.value is not None and not _DISTRIBUTED.value:
             raise app.UsageError(f"--{flag.name} means nothing without --distributed.")
     from pec_jax.config.schema import from_config_dict
+    from pec_jax.training import loggers
 
     with exit_on_user_error():
         from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
+        loggers.check(_LOG.value)
         from pec_jax import compilation
         from pec_jax.distributed import processes as hosts
         from pec_jax.training import trainer as train
@@ -55,7 +64,12 @@ def main(argv: list[str]) -> None:
         else:
             hosts.refuse_unjoined_process()
         compilation.keep_programs()
-        train.train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CONFIG_CHANGE.value)
+        train.train(
+            _CONFIG.value,
+            _WORKDIR.value,
+            allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+            log=_LOG.value,
+        )
 
 
 def run() -> None:

@@ -5,13 +5,10 @@ Nothing here runs inside jit.
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from absl import logging
@@ -20,9 +17,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from pec_jax import io
-
-if TYPE_CHECKING:
-    from clu import metric_writers
+from pec_jax.training.loggers import Loggers
 
 
 class RunFiles(Protocol):
@@ -34,18 +29,18 @@ class RunFiles(Protocol):
 
 
 class MetricWriter:
-    """Writes scalars and image grids to `metrics.jsonl`, TensorBoard (through clu) and PNGs.
+    """Writes scalars and image grids to `metrics.jsonl` and PNGs, and tells the loggers.
 
     Lines of `metrics.jsonl` later than `resume_step` are dropped on opening: a run that was
     killed and resumed leaves the same file as one that was not.
     """
 
-    def __init__(self, directory: RunFiles, resume_step: int):
+    def __init__(self, directory: RunFiles, resume_step: int, loggers: Loggers):
         self._samples = directory.samples
         self._lines = io.LineFile(
             directory.metrics_file, keep=lambda line: _is_until(line, resume_step)
         )
-        self._tensorboard = _TensorBoard(os.fspath(directory.path))
+        self._loggers = loggers
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics for iteration `step`; see `io.LineFile.add` for when it is safe."""
@@ -55,15 +50,18 @@ class MetricWriter:
             **{k: v if np.isfinite(v) else str(v) for k, v in sorted(numbers.items())},
         }
         self._lines.add(json.dumps(line))
-        self._tensorboard.add(lambda writer: writer.write_scalars(int(step), numbers))
+        self._loggers.scalars(int(step), numbers)
+
+    def ends(self, step: int, values: Mapping[str, float]) -> None:
+        """The evaluation before or after training, which has files of its own, for the loggers."""
+        self._loggers.scalars(int(step), {name: float(value) for name, value in values.items()})
 
     def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> epath.Path:
         """Saves a labelled sample grid; `images` [rows, columns, H, W, 3] in [0, 1]."""
         path = self._samples / f"step_{step:06d}.png"
         picture = image_grid(images, captions)
         save_png(path, picture)
-        samples = {"samples": np.asarray(picture)[None]}
-        self._tensorboard.add(lambda writer: writer.write_images(int(step), samples))
+        self._loggers.image(int(step), "samples", np.asarray(picture))
         return path
 
     def flush(self) -> None:
@@ -73,47 +71,19 @@ class MetricWriter:
     def close(self) -> None:
         """Flushes and closes all files."""
         self._lines.close()
-        self._tensorboard.close()
-
-
-class _TensorBoard:
-    """clu's summary writer in a thread, for its tensorflow takes seconds to import.
-
-    An error of the thread is raised by the next call.
-    """
-
-    def __init__(self, directory: str):
-        self._directory = directory
-        self._thread = ThreadPoolExecutor(1)
-        self._newest: Future[None] | None = None
-
-    def add(self, write: Callable[[metric_writers.SummaryWriter], None]) -> None:
-        """Has the thread call `write`, after those before."""
-        if self._newest is not None and self._newest.done():
-            self._newest.result()
-        self._newest = self._thread.submit(lambda: write(self._writer))
-
-    def close(self) -> None:
-        """Returns once everything is written."""
-        if self._newest is not None:
-            self.add(lambda writer: writer.close())
-            self._newest.result()
-        self._thread.shutdown()
-
-    @functools.cached_property
-    def _writer(self) -> metric_writers.SummaryWriter:
-        from clu import metric_writers
-
-        return metric_writers.SummaryWriter(self._directory)
+        self._loggers.close()
 
 
 class _NoWriter(MetricWriter):
     """Of the hosts that are not the first, which writes for all."""
 
-    def __init__(self, directory: RunFiles, resume_step: int):
+    def __init__(self, directory: RunFiles, resume_step: int, loggers: Loggers):
         self._samples = directory.samples
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def ends(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
 
     def grid(self, step: int, images: np.ndarray, captions: Sequence[str]) -> epath.Path:
@@ -127,9 +97,11 @@ class _NoWriter(MetricWriter):
         """Nothing."""
 
 
-def make_writer(directory: RunFiles, resume_step: int, *, first: bool) -> MetricWriter:
+def make_writer(
+    directory: RunFiles, resume_step: int, loggers: Loggers, *, first: bool
+) -> MetricWriter:
     """The writer of a host: only the first one writes."""
-    return (MetricWriter if first else _NoWriter)(directory, resume_step)
+    return (MetricWriter if first else _NoWriter)(directory, resume_step, loggers)
 
 
 def _is_until(line: str, step: int) -> bool:

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,7 +30,7 @@ from pec_jax.evaluation.metrics import Moments
 from pec_jax.evaluation.steps import read_steps
 from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
-from pec_jax.training import base_cache, base_evaluation
+from pec_jax.training import base_cache, base_evaluation, loggers
 from pec_jax.training.build import (
     BASE_STREAM,
     EVAL_STREAM,
@@ -55,13 +55,15 @@ def train(
     workdir: str | os.PathLike[str],
     *,
     allow_config_change: bool = False,
+    log: Sequence[str] = ("tensorboard",),
 ) -> dict[str, float]:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       config_dict: a ConfigDict or nested dict as `configs/base.py` makes it.
       workdir: the run directory, local or gs://BUCKET/PATH.
-      allow_config_change: resume although the directory's config differs.
+      allow_config_change: resume although the directory's config differs in what binds a run.
+      log: names of `loggers.LOGGERS` that are told of the run, beside its own files.
 
     Returns:
       The final evaluation, as in `eval.json`; empty if the run was told to stop early.
@@ -70,13 +72,14 @@ def train(
       ConfigError, RunError, ValueError, OSError: sentences for a person.
     """
     config = schema.from_config_dict(config_dict)
+    loggers.check(log)
     mesh = mesh_lib.make_mesh(config)
     with RunDirectory(workdir) as directory:
         start = functools.partial(directory.start, allow_config_change=allow_config_change)
         processes.on_primary(lambda: start(config))
         logging.info("Loading models and encoding prompts ...")
         experiment = build(config, mesh_lib.placement(mesh, config))
-        run = _Run(experiment, directory, mesh)
+        run = _Run(experiment, directory, mesh, log)
         with mesh_lib.active(mesh, config), processes.stop_requests() as stop:
             return run.loop(stop)
 
@@ -84,8 +87,11 @@ def train(
 class _Run:
     """One process's share of a run: the compiled step and everything around it."""
 
-    def __init__(self, experiment: Experiment, directory: RunDirectory, mesh: Mesh):
+    def __init__(
+        self, experiment: Experiment, directory: RunDirectory, mesh: Mesh, log: Sequence[str]
+    ):
         config = experiment.config
+        self._loggers = loggers.Loggers(log, directory.path, schema.to_dict(config))
         self._experiment, self._config, self._directory = experiment, config, directory
         self._mesh = mesh
         self._frozen = mesh_lib.put_replicated(experiment.frozen, mesh)
@@ -114,8 +120,9 @@ class _Run:
         """Iterates from where the run stands to its end, or until told to stop."""
         state, first = self._start()
         processes.on_primary(lambda: self._directory.commit(self._config))
-        writer = make_writer(self._directory, first, first=processes.is_primary())
-        progress = Progress(self._config.num_iterations, first, SHOWN, first=processes.is_primary())
+        primary = processes.is_primary()
+        writer = make_writer(self._directory, first, self._loggers, first=primary)
+        progress = Progress(self._config.num_iterations, first, SHOWN, first=primary)
         log = _Log(writer, progress, self._config)
         iterations = range(first, self._config.num_iterations)
         compiler = ThreadPoolExecutor(1)
@@ -123,6 +130,7 @@ class _Run:
         try:
             self._base = self._base_evaluation()
             if first == 0:
+                writer.ends(0, self._base.numbers)
                 self._save_samples(writer, 0, state)
             stopped = False
             for iteration in iterations:
@@ -230,6 +238,7 @@ class _Run:
             return {}
         self._save_samples(writer, step, state)
         result = self._full_evaluation(self._eval_params(state), self._base.moments).numbers
+        writer.ends(step, result)
         result |= {f"base/{name}": value for name, value in self._base.numbers.items()}
         result |= {"seed": self._config.seed, "iterations": step}
         if processes.is_primary():
