@@ -45,6 +45,10 @@ EXTRAS = {
     "wandb": ["wandb>=0.19,<1"],  # --log=wandb
     "mlflow": ["mlflow-skinny>=3,<4"],  # --log=mlflow; a server needs all of mlflow
     "remote": ["httpx2>=2.0,<3"],  # judges on servers
+    "docs": [
+        "mkdocs-material>=9.6,<10",  # the site, and mkdocs with it
+        "mkdocstrings[python]>=1.0,<2",  # its pages that are made from docstrings
+    ],
     "test": [
         "torch==2.13.0",  # the oracle of the parity tests
         "diffusers==0.42.1",  # likewise
@@ -56,6 +60,8 @@ EXTRAS = {
         "mlflow-skinny>=3,<4",  # the extra `mlflow`
         "sqlalchemy>=2",  # a store of mlflow's without a server
         "alembic>=1.14",  # likewise
+        "mkdocs-material>=9.6,<10",  # the extra `docs`
+        "mkdocstrings[python]>=1.0,<2",  # likewise
         "beartype>=0.20",  # checks those annotations while the tests run
         "vendi-score==0.0.3",  # oracle of the Vendi score
         "nbclient>=0.10",  # executes the notebooks

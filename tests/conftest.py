@@ -93,7 +93,6 @@ SLOW = (
     "tests/test_tiny.py",
     "tests/test_wheel.py",
     "tests/training/",
-    "tests/world/pretraining/",
 )
 _ORACLE = re.compile(r"^\s*(?:import|from) (?:torch|diffusers|peft)\b", re.MULTILINE)
 
