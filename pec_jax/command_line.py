@@ -5,9 +5,11 @@ Imports neither jax nor anything that does: `--help` and a mistyped flag are ans
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -71,6 +73,24 @@ def required_string(name: str, help_text: str) -> flags.FlagHolder[str]:
     holder = flags.DEFINE_string(name, None, help_text, required=True)
     flags.register_validator(name, lambda value: value != "", message="must not be empty.")
     return holder
+
+
+def bounded_float(
+    name: str, default: float | None, help_text: str, *, low: float, high: float
+) -> flags.FlagHolder[Any]:
+    """A flag that must be a number in [low, high], which not-a-number is not."""
+    holder = flags.DEFINE_float(name, default, help_text, lower_bound=low, upper_bound=high)
+    flags.register_validator(
+        name,
+        lambda value: value is None or math.isfinite(value),
+        message=f"must be a number from {low:g} to {high:g}.",
+    )
+    return holder
+
+
+def define_seed(help_text: str) -> flags.FlagHolder[int]:
+    """The flag --seed; JAX would take larger numbers for smaller ones."""
+    return flags.DEFINE_integer("seed", 0, help_text, lower_bound=0, upper_bound=2**32 - 1)
 
 
 def values_of(name: str, argv: Sequence[str]) -> Iterator[str]:

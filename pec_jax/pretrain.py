@@ -45,7 +45,7 @@ SLOT = "PEC_JAX_PRETRAIN_SLOT"  # of a stage run beside others: its core, and it
 
 _OUT = command_line.required_string("out", "Directory of the pipeline to make.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), f"Stages to run, of {', '.join(STAGES)}.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+_SEED = command_line.define_seed("Seed of everything random.")
 _SCALE = flags.DEFINE_float(
     "steps_scale", 1.0, "Factor of every stage's number of steps.", lower_bound=0.0
 )

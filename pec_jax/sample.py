@@ -36,8 +36,12 @@ _WIDTH = flags.DEFINE_integer(
     "width", 0, "Width in pixels; 0 is the model's own size.", lower_bound=0
 )
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 28, "Number of sampler steps.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Guidance scale, 1 is off; by default 4.5 for SD3 and 3.5 for FLUX.1-dev."
+_GUIDANCE = command_line.bounded_float(
+    "guidance",
+    None,
+    "Guidance scale, 1 is off; by default 4.5 for SD3 and 3.5 for FLUX.1-dev.",
+    low=0,
+    high=100,
 )
 _T5_LENGTH = flags.DEFINE_integer(
     "t5_length",
@@ -45,11 +49,13 @@ _T5_LENGTH = flags.DEFINE_integer(
     "Number of tokens T5 sees; 0 is diffusers' choice (SD3 256, FLUX 512).",
     lower_bound=0,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial latents and of the sampler's noise.")
+_SEED = command_line.define_seed("Seed of the initial latents and of the sampler's noise.")
 _SAMPLER = flags.DEFINE_enum(
     "sampler", "ode", ["ode", "flow_sde", "dance_sde", "cps"], "Transition kernel of the sampler."
 )
-_NOISE_LEVEL = flags.DEFINE_float("noise_level", 0.7, "Noise level of a stochastic sampler.")
+_NOISE_LEVEL = command_line.bounded_float(
+    "noise_level", 0.7, "Noise level of a stochastic sampler.", low=0, high=10
+)
 _INIT_LATENTS = flags.DEFINE_string(
     "init_latents", None, "A .npy file [N, C, h, w], or [1, C, h, w] for all images, to start from."
 )

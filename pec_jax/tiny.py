@@ -22,7 +22,7 @@ _OUT = command_line.required_string("out", "Directory to write; it must not exis
 _CONFIG = flags.DEFINE_string(
     "transformer", "{}", 'JSON object of transformer config entries, such as {"num_layers": 3}.'
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the random weights.")
+_SEED = command_line.define_seed("Seed of the random weights.")
 
 
 def main(argv: list[str]) -> None:

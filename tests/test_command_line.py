@@ -104,6 +104,7 @@ def test_no_command_imports_the_slow_libraries_for_its_flags(command):
     assert done.stdout == "[]\n", done.stderr
 
 
+SAMPLE = ("pec_jax.sample", "--prompt=a", "--out=no_such_directory")
 MAIN = ("pec_jax.main", "--workdir=no_such_directory", "--config=shapes_pec")
 
 
@@ -139,6 +140,14 @@ MAIN = ("pec_jax.main", "--workdir=no_such_directory", "--config=shapes_pec")
         (("pec_jax.compare", "--out=x"), r"give either run directories or --table.*"),
         (("pec_jax.embed", "--out=x"), r"--prompts is missing.*"),
         (("pec_jax.tiny", "--out=x", "--seed=a"), r"--seed=a: .*"),
+        ((*SAMPLE, "--seed=4294967296"), r"--seed=4294967296: .*4294967295.*"),
+        ((*SAMPLE, "--seed=-1"), r"--seed=-1: .*0.*"),
+        ((*SAMPLE, "--guidance=nan"), r"--guidance=nan: must be a number from 0 to 100\."),
+        ((*SAMPLE, "--guidance=inf"), r"--guidance=inf: .*100.*"),
+        ((*SAMPLE, "--noise_level=nan"), r"--noise_level=nan: must be a number from 0 to 10\."),
+        ((*MAIN, "--config.rewards.ocr=1.0"), r"config\.rewards\.ocr is a section.*\.weight=.*"),
+        ((*MAIN, "--config.trainable.targets=('(',)"), r"config\.trainable\.targets: .*"),
+        ((*MAIN, "--log=wandbb"), r"--log: .*'wandb'.*"),
         (("pec_jax.pretrain", "--out=x", "--stages=vea"), r"--stages=.*vae.*"),
     ],
 )

@@ -173,6 +173,42 @@ def test_latents_of_the_wrong_kind_are_refused(tmp_path, array):
         sampling.run(request, tmp_path)
 
 
+def broken_latents(kind, path):
+    """A file that holds no start for three images."""
+    good = np.zeros((3, 4, 16, 16), np.float64)
+    if kind == "npz":
+        with path.open("wb") as file:
+            np.savez(file, a=good)
+    elif kind == "bad zip":
+        path.write_bytes(b"PK\x03\x04 and no zip")
+    elif kind == "absurd shape":
+        np.save(path, good)
+        header = path.read_bytes().replace(b"(3, 4, 16, 16), }", b"(3000000, 99999),}")
+        path.write_bytes(header)
+    else:
+        good[0, 0, 0, 0] = {"nan": np.nan, "overflow": 1e300}[kind]
+        np.save(path, good)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("npz", "is an .npz archive"),
+        ("bad zip", "is not a .npy file of numbers"),
+        ("absurd shape", "is not a .npy file of numbers"),
+        ("nan", "not finite in float32"),
+        ("overflow", "not finite in float32"),
+    ],
+)
+def test_files_that_hold_no_latents_are_refused(tmp_path, kind, words):
+    broken_latents(kind, tmp_path / "bad.npy")
+    request = sampling.Request(
+        model="shapes", prompts=PROMPTS, num_images=1, init_latents=str(tmp_path / "bad.npy")
+    )
+    with pytest.raises(ValueError, match=words):
+        sampling.initial_latents(request, 3, (16, 16, 4))
+
+
 def test_what_a_run_has_learned_is_applied(tmp_path, small_config):
     from pec_jax.training.trainer import train
 

@@ -98,11 +98,11 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
         return
     low, high = metadata.get("low"), metadata.get("high")
     inside = (low is None or value >= low) and (high is None or value <= high)
-    if not (math.isfinite(value) and inside):
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; it must be a finite number.")
+    if not inside:
         bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        raise ConfigError(
-            f"{name} is {value}; it must be {' and '.join(bounds) or 'a finite number'}."
-        )
+        raise ConfigError(f"{name} is {value}; it must be {' and '.join(bounds)}.")
 
 
 def _convert(field: dataclasses.Field, hint: Any, value: Any, where: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -49,10 +50,22 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
     for argument in argv:
         match = _OVERRIDE.match(argument)
         if match:
-            _check(config, match[1].split("."))
+            section = _check(config, match[1].split("."))
+            value = argument.partition("=")[2].strip()
+            if isinstance(section, ConfigDict) and value and not value.startswith("{"):
+                raise ConfigError(_is_a_section(f"config.{match[1]}", section))
 
 
-def _check(config: ConfigDict, names: Sequence[str]) -> None:
+def _is_a_section(where: str, section: ConfigDict) -> str:
+    field = "weight" if "weight" in section else min(section, default="FIELD")
+    return (
+        f"{where} is a section, not a value: set one of its fields, as in --{where}.{field}=... "
+        f"Valid: {', '.join(sorted(section))}."
+    )
+
+
+def _check(config: ConfigDict, names: Sequence[str]) -> Any:
+    """What stands there."""
     section, where = config, "config"
     for name in names:
         if not isinstance(section, ConfigDict):
@@ -63,6 +76,7 @@ def _check(config: ConfigDict, names: Sequence[str]) -> None:
             valid = ", ".join(sorted(section))
             raise ConfigError(f"{where} has no field {name!r}.{hint} Valid: {valid}.")
         section, where = section[name], f"{where}.{name}"
+    return section
 
 
 def _nearest(name: str, where: str, section: ConfigDict, config: ConfigDict) -> str | None:

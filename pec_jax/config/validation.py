@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from pec_jax.config.errors import ConfigError, unknown
 from pec_jax.config.schema import Config, MeshConfig, SamplerConfig
 
@@ -11,6 +14,7 @@ def validate(config: Config) -> None:
     _check_division(config)
     _check_window(config.sampler)
     _check_mesh(config.mesh)
+    _check_targets(config.trainable.targets)
     p = config.perception
     if p.at == "steps" and config.sampler.window_moves != "never":
         raise ConfigError(
@@ -85,6 +89,16 @@ def _check_motion(sampler: SamplerConfig) -> None:
             f"{moves}, but the window {sampler.window} already ends where it could go, at "
             f"int(train_fraction * num_steps) = {end}: begin earlier, or take a shorter one."
         )
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    for target in targets:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ConfigError(
+                f"config.trainable.targets: {target!r} is not a regular expression: {error}."
+            ) from None
 
 
 def _check_mesh(mesh: MeshConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -103,15 +104,21 @@ def initial_latents(request: Request, count: int, shape: tuple[int, ...]) -> Arr
     height, width, channels = shape
     expected = (count, channels, height, width)
     try:
-        stored = np.load(io.local_copy(path), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Mapped: a header that promises more than the file holds is refused, and not allocated.
+        stored = np.load(io.local_copy(path), mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a .npy file of numbers: {error}") from None
+    if not isinstance(stored, np.ndarray):
+        raise ValueError(f"{path} is an .npz archive; save one array with numpy.save.")
     if stored.shape not in (expected, (1, *expected[1:])) or stored.dtype.kind != "f":
         raise ValueError(
             f"{path} holds {stored.dtype} of shape {stored.shape}; these prompts and sizes need "
             f"floats of shape {expected}, or {(1, *expected[1:])} for the same start everywhere."
         )
-    stored = np.broadcast_to(stored.astype(np.float32), expected)
+    with np.errstate(over="ignore"):
+        stored = np.broadcast_to(stored.astype(np.float32), expected)
+    if not np.isfinite(stored).all():
+        raise ValueError(f"{path} holds numbers that are not finite in float32.")
     return jnp.asarray(stored.transpose(0, 2, 3, 1))
 
 

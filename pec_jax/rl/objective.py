@@ -24,6 +24,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from pec_jax.config.registry import OBJECTIVES
+from pec_jax.flow.sampler import FlowSampler
 from pec_jax.rl.policy import Actor, Policy
 from pec_jax.rl.signals import PerSample, Signals
 from pec_jax.types import PyTree, Rollout, TrainState
@@ -83,8 +84,8 @@ class Objective(abc.ABC):
     def __init__(self, options: Any):
         self.options = options
 
-    def check(self, policy: Policy) -> None:  # noqa: B027  # a hook that may stay as it is
-        """Raises ConfigError for a policy that this objective cannot train."""
+    def check(self, sampler: FlowSampler) -> None:  # noqa: B027  # a hook that may stay as it is
+        """Raises ConfigError for a sampler whose policy this objective cannot train."""
 
     def initial_state(self, params: PyTree) -> dict[str, PyTree]:
         """What it remembers: trees like `params`, by name."""

@@ -25,7 +25,6 @@ from pec_jax import io
 from pec_jax.config import to_dict
 from pec_jax.config.changes import OF_TRAINING
 from pec_jax.config.registry import ENCODERS, REWARDS, Registry
-from pec_jax.errors import FileError
 from pec_jax.training import base_evaluation
 from pec_jax.training.build import Experiment
 from pec_jax.training.evaluator import Evaluation
@@ -64,13 +63,9 @@ def place(experiment: Experiment) -> epath.Path | None:
 
 def read(directory: epath.Path | None) -> Evaluation | None:
     """The evaluation kept there, if there is one."""
-    if directory is None or not base_evaluation.exists(directory):
-        return None
-    try:
-        found = base_evaluation.read(directory)
-    except FileError:  # damaged: it is made anew, and replaced
-        return None
-    logging.info("The base model has been evaluated before: %s", directory)
+    found = None if directory is None else base_evaluation.read_intact(directory)
+    if found is not None:
+        logging.info("The base model has been evaluated before: %s", directory)
     return found
 
 

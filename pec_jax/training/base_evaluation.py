@@ -7,6 +7,7 @@ images' features, from which later evaluations take their distance.
 from __future__ import annotations
 
 import safetensors.numpy
+from absl import logging
 from etils import epath
 from safetensors import SafetensorError
 
@@ -16,6 +17,17 @@ from pec_jax.evaluation.metrics import Moments
 from pec_jax.training.evaluator import Evaluation
 
 _NUMBERS, _MOMENTS = "eval_base.json", "eval_base.safetensors"
+
+
+def read_intact(directory: epath.Path) -> Evaluation | None:
+    """What `write` has written; None, and a warning, if it is damaged, for it can be made anew."""
+    if not exists(directory):
+        return None
+    try:
+        return read(directory)
+    except FileError as error:
+        logging.warning("%s. The base model is evaluated anew.", error)
+        return None
 
 
 def exists(directory: epath.Path) -> bool:
@@ -44,7 +56,7 @@ def read(directory: epath.Path) -> Evaluation:
     """What `write` has written.
 
     Raises:
-        FileError: a file that cannot be read.
+        FileError: a file that cannot be read, or holds something else.
     """
     path = directory / _MOMENTS
     try:
@@ -54,7 +66,8 @@ def read(directory: epath.Path) -> Evaluation:
             name: Moments(tensors[f"{name}/mean"], tensors[f"{name}/covariance"]) for name in names
         }
     except (SafetensorError, KeyError, OSError) as error:
-        raise FileError(
-            f"{path}: cannot be read ({error}); delete it, and it is made anew"
-        ) from None
-    return Evaluation(io.read_json(directory / _NUMBERS), moments)
+        raise FileError(f"{path}: cannot be read ({error})") from None
+    numbers = io.read_json(directory / _NUMBERS)
+    if not numbers or not all(isinstance(value, int | float) for value in numbers.values()):
+        raise FileError(f"{directory / _NUMBERS}: does not hold numbers by name")
+    return Evaluation(numbers, moments)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from jaxtyping import Array
@@ -137,6 +138,9 @@ def check(config: Config) -> None:
     """Raises ConfigError for methods that do not go together; reads no file."""
     objective = make_objective(config)
     constraints = make_constraints(config, objective)
+    # Whether a step has noise does not depend on where the schedule of a model has it.
+    sigmas = np.linspace(1.0, 0.0, config.sampler.num_steps + 1, dtype=np.float32)
+    objective.check(make_sampler(config.sampler, sigmas))
     shares(config.perception)
     if config.perception.at == "steps" and not objective.needs_paths:
         raise ConfigError(
@@ -213,7 +217,7 @@ def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
         ConfigError: a sampler that the objective cannot train, or an estimator without bandwidth.
     """
     batch, objective, policy = config.batch, make_objective(config), make_policy(config, pipeline)
-    objective.check(policy)
+    objective.check(policy.sampler)
     at_steps = None
     if config.perception.at == "steps":
         at_steps = tuple(int(step) for step in policy.sampler.trained_steps)
@@ -244,10 +248,16 @@ def make_policy(config: Config, pipeline: Pipeline) -> Policy:
     """The pipeline with the rollout's sampler."""
     sampler = config.sampler
     shape = pipeline.latent_shape(config.model.height, config.model.width)
+    flow = make_sampler(sampler, pipeline.sigmas(sampler.num_steps, shape))
+    return Policy(pipeline.guide, sampler.guidance, config.trainable, flow, shape)
+
+
+def make_sampler(sampler: SamplerConfig, sigmas: np.ndarray) -> FlowSampler:
+    """The rollout's sampler over a schedule [num_steps + 1]."""
     window = (sampler.window[0], sampler.window[1]) if sampler.window else None
     stochastic = stochastic_steps(sampler.num_steps, window, sampler.train_fraction)
-    flow = FlowSampler(
-        sigmas=pipeline.sigmas(sampler.num_steps, shape),
+    return FlowSampler(
+        sigmas=sigmas,
         kernel=sampler.kernel,
         noise_level=sampler.noise_level,
         stochastic=stochastic if sampler.kernel != "ode" else (),
@@ -256,7 +266,6 @@ def make_policy(config: Config, pipeline: Pipeline) -> Policy:
         log_density=sampler.log_density,
         motion=_motion(sampler),
     )
-    return Policy(pipeline.guide, sampler.guidance, config.trainable, flow, shape)
 
 
 def _motion(sampler: SamplerConfig) -> Motion | None:

@@ -30,7 +30,7 @@ from pec_jax.evaluation.metrics import Moments
 from pec_jax.evaluation.steps import read_steps
 from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
-from pec_jax.training import base_cache, base_evaluation, loggers
+from pec_jax.training import base_cache, base_evaluation, loggers, record
 from pec_jax.training.build import (
     BASE_STREAM,
     EVAL_STREAM,
@@ -151,7 +151,11 @@ class _Run:
             self._checkpointer.close()
 
     def _start(self) -> tuple[TrainState, int]:
-        """The newest intact checkpoint's state, or a new one; and how many iterations it has."""
+        """The newest intact checkpoint's state, or a new one; and how many iterations it has.
+
+        Raises:
+          RunError: the files of the directory contradict one another.
+        """
         state = jax.jit(self._initial_state, out_shardings=self._shardings)(self._params)
         try:
             restored = self._checkpointer.restore(state)
@@ -166,7 +170,10 @@ class _Run:
                     f"config.num_iterations = {end}. Choose another --workdir, or at least {step}."
                 )
             logging.info("Resuming after iteration %d of %d.", step, end)
+            if gap := record.gap(self._directory, step, self._config.schedule.log_every):
+                logging.warning("%s", gap)
             return restored, step
+        record.check_new(self._directory, self._config.schedule.checkpoint_every)
         logging.info(
             "Trainable parameters:\n%s",
             parameter_overview.get_parameter_overview(
@@ -256,7 +263,8 @@ class _Run:
     def _base_evaluation(self) -> Evaluation:
         """The model as it was before training."""
         directory = self._directory.path
-        if processes.broadcast_from_primary(base_evaluation.exists(directory)):
+        intact = processes.is_primary() and base_evaluation.read_intact(directory) is not None
+        if processes.broadcast_from_primary(intact):
             return base_evaluation.read(directory)
         kept = base_cache.place(self._experiment)
         found = base_cache.read(kept)
@@ -401,5 +409,6 @@ def _report(result: Mapping[str, float]) -> None:
     for name in sorted(result):
         shown = name.startswith(("quality/", "diversity/", "entropy/"))
         if shown and not name.endswith(("/low", "/high")):
-            lines.append(f"{name:32} {result[f'base/{name}']:10.4f} {result[name]:10.4f}")
+            base = result.get(f"base/{name}", math.nan)  # where no image could be judged
+            lines.append(f"{name:32} {base:10.4f} {result[name]:10.4f}")
     logging.info("Held-out evaluation:\n%s", "\n".join(lines))

@@ -14,6 +14,7 @@ CONFIG = ConfigDict(
         "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0, "b1": 0.9},
         "sampler": {"num_steps": 10, "window": (0, 1)},
         "eval": {"use_ema": True, "num_steps": 40},
+        "reward": {"evaluate": False, "weight": 0.0},
     }
 )
 
@@ -27,6 +28,7 @@ CONFIG = ConfigDict(
         "--noconfig.eval.use_ema",
         "--config.sampler={'num_steps': 3}",
         "--config.sampler.window=(0, 1)",
+        "--config.optimizer",
         "--config.sampler.window[0]=1",
         "--config=shapes_pec",
         "--workdir=config.seeed",
@@ -50,9 +52,14 @@ def test_what_exists_passes(argument):
         ),
         ("--config.optimizer.wd", ["Did you mean config.optimizer.weight_decay?"]),
         ("--config.learning_rate=1", ["Did you mean config.optimizer.learning_rate?"]),
-        ("--config.optimiser.b1=1", ["Did you mean config.optimizer?", "eval, optimizer"]),
+        ("--config.optimiser.b1=1", ["Did you mean config.optimizer?", "eval, optimizer, reward"]),
         ("--config.windo=1", ["Did you mean config.sampler.window?"]),
         ("--noconfig.eval.use_emma", ["Did you mean config.eval.use_ema?"]),
+        (
+            "--config.optimizer=0.1",
+            ["config.optimizer is a section", "--config.optimizer.b1=...", "weight_decay"],
+        ),
+        ("--config.reward=.5", ["--config.reward.weight=..."]),
         ("--config.seed.x=1", ["config.seed is a value, not a section", "'x'"]),
     ],
 )

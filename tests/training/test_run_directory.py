@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,8 +15,10 @@ import pytest
 from pec_jax import io
 from pec_jax.config.schema import from_config_dict
 from pec_jax.errors import FileError, RunError
+from pec_jax.training import base_evaluation, record
 from pec_jax.training import hold as hold_lib
 from pec_jax.training import trainer as train_lib
+from pec_jax.training.evaluator import Evaluation
 from pec_jax.training.hold import Hold
 from pec_jax.training.run_directory import RunDirectory, run_config
 from tests import fake_bucket
@@ -366,3 +369,72 @@ def test_a_run_cannot_become_shorter_than_it_is(finished):
     with pytest.raises(RunError, match=r"has 2 iterations already.*at least 2"):
         train_lib.train(changed("num_iterations", 1), finished)
     assert tree_hash(finished) == before
+
+
+class TestRecord:
+    """What the files of a run say together."""
+
+    def write(self, directory, steps, ended=False):
+        files = RunDirectory(directory)
+        lines = [json.dumps({"step": step, "reward/mean": 0.5}) for step in steps]
+        files.metrics_file.write_text("\n".join([*lines, '{"step": 9, "quality/a": 1}', '{"st']))
+        if ended:
+            files.evaluation_file.write_text("{}")
+        return files
+
+    @pytest.mark.parametrize(
+        ("steps", "every", "words"),
+        [
+            ([1, 2, 3, 4], 1, ""),
+            ([1, 2, 3, 4, 5, 5], 1, ""),  # what comes after the checkpoint is dropped anyway
+            ([2, 4], 2, ""),
+            ([1], 1, "lacks 3 of the lines up to iteration 4 (the first: 2)"),
+            ([], 1, "lacks 4 of the lines"),
+            ([1, 2, 1, 2, 3, 4], 1, "repeats 2 of the lines up to iteration 4 (the first: 1)"),
+            ([2, 4, 4], 1, "lacks 2 of the lines up to iteration 4 (the first: 1) and repeats 1"),
+        ],
+    )
+    def test_lines_that_are_missing_or_doubled_are_named(self, tmp_path, steps, every, words):
+        found = record.gap(self.write(tmp_path, steps), 4, every)
+        assert words in found and bool(words) == bool(found)
+
+    def test_bytes_that_are_no_text_are_a_missing_line(self, tmp_path):
+        files = self.write(tmp_path, [1, 2])
+        files.metrics_file.write_bytes(b"\xff" + files.metrics_file.read_bytes())
+        assert "lacks 1 of the lines up to iteration 2 (the first: 1)" in record.gap(files, 2, 1)
+
+    @pytest.mark.parametrize(
+        ("steps", "ended", "every", "words"),
+        [
+            ([1, 2, 3], False, 2, None),  # killed before its first checkpoint was on disk
+            ([1, 2, 3, 4, 5], False, 0, None),
+            ([1, 2, 3, 4], False, 2, "metrics up to iteration 4"),
+            ([1, 2], True, 0, "a final evaluation"),
+        ],
+    )
+    def test_lost_checkpoints_are_no_new_run(self, tmp_path, steps, ended, every, words):
+        files = self.write(tmp_path, steps, ended)
+        if words is None:
+            record.check_new(files, every)
+            return
+        with pytest.raises(RunError, match=words):
+            record.check_new(files, every)
+
+    def test_a_run_without_its_checkpoints_is_left_as_it_is(self, finished, tmp_path):
+        shutil.copytree(finished, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        before = tree_hash(tmp_path / "run")
+        with pytest.raises(RunError, match="its checkpoints have been removed"):
+            train_lib.train(tiny_config(), tmp_path / "run")
+        assert tree_hash(tmp_path / "run") == before
+
+    @pytest.mark.parametrize("text", ["", "{", "\0\0", "[1]", "{}", '{"quality/pickscore": "x"}'])
+    def test_a_damaged_base_evaluation_is_made_anew(self, tmp_path, text):
+        kept = Evaluation({"quality/a": 0.5}, {})
+        base_evaluation.write(tmp_path, kept)
+        assert base_evaluation.read_intact(tmp_path).numbers == kept.numbers
+        (tmp_path / "eval_base.json").write_text(text)
+        assert base_evaluation.read_intact(tmp_path) is None
+        base_evaluation.write(tmp_path, kept)
+        (tmp_path / "eval_base.safetensors").write_bytes(b"torn")
+        assert base_evaluation.read_intact(tmp_path) is None

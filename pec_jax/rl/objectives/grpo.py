@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pec_jax.config import ConfigError
 from pec_jax.config.fields import field
-from pec_jax.flow.sampler import StepLogProb
+from pec_jax.flow.sampler import FlowSampler, StepLogProb
 from pec_jax.flow.transition import gaussian_kl, policy_entropy
 from pec_jax.rl.losses import clipped_surrogate, ratio_metrics
 from pec_jax.rl.objective import Micro, Objective, ObjectiveDefinition, Samples, register
@@ -44,9 +44,8 @@ class Grpo(Objective):
 
     name = "grpo"
 
-    def check(self, policy: Policy) -> None:
+    def check(self, sampler: FlowSampler) -> None:
         """Refuses a sampler without noise: there would be nothing to learn from."""
-        sampler = policy.sampler
         reached = sampler.reached_steps
         if not len(reached) or not bool(jnp.all(sampler.step_std(reached) > 0)):
             raise ConfigError(

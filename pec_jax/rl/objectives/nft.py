@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pec_jax.config import ConfigError
 from pec_jax.config.fields import field
-from pec_jax.flow.sampler import image_keys
+from pec_jax.flow.sampler import FlowSampler, image_keys
 from pec_jax.rl import nft
 from pec_jax.rl.objective import Micro, Objective, ObjectiveDefinition, Samples, register
 from pec_jax.rl.policy import Actor, Policy
@@ -41,12 +41,12 @@ class Nft(Objective):
     provides = frozenset({"kl"})
     needs_paths = False
 
-    def check(self, policy: Policy) -> None:
+    def check(self, sampler: FlowSampler) -> None:
         """Refuses more noise levels than the sampler has."""
-        if self.options.levels > policy.sampler.num_steps:
+        if self.options.levels > sampler.num_steps:
             raise ConfigError(
                 f"config.objective.nft.levels is {self.options.levels}, more than the "
-                f"{policy.sampler.num_steps} of config.sampler.num_steps."
+                f"{sampler.num_steps} of config.sampler.num_steps."
             )
 
     def initial_state(self, params: PyTree) -> dict[str, PyTree]:
