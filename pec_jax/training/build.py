@@ -37,12 +37,8 @@ from pec_jax.rl.rollout import Drawing
 from pec_jax.rl.score import Scorer, Space
 from pec_jax.rl.train_step import Program
 from pec_jax.rl.update import Learner
-from pec_jax.training.parts import (
-    make_constraints,
-    make_objective,
-    make_optimizer,
-    trainable_params,
-)
+from pec_jax.training import warm_start
+from pec_jax.training.parts import make_constraints, make_objective, make_optimizer
 from pec_jax.types import Conditioning, Frozen, PyTree
 from pec_jax.weights.convert import logical_axes
 from pec_jax.weights.hub import model_path
@@ -103,6 +99,7 @@ def build(config: Config, place: Placement | None = None) -> Experiment:
     check(config)
     prompts = load_prompt_sets(config)
     root = pipeline_directory(config.model.path, config.model.variant)
+    start = warm_start.open_start(config, root)
     pipeline = load_model(config, root, place)
     networks = Networks(
         own=root / "encoders",
@@ -122,7 +119,7 @@ def build(config: Config, place: Placement | None = None) -> Experiment:
         networks=networks.without_text(),
     )
     pipeline = dataclasses.replace(pipeline, text=None)
-    params = trainable_params(config, pipeline.transformer_variables["params"])
+    params = warm_start.initial_params(config, pipeline, start)
     return Experiment(
         config=config,
         pipeline=pipeline,
