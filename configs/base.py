@@ -46,6 +46,7 @@ def _model_and_data(config: ConfigDict) -> None:
             "rank": 32,
             "alpha": 64.0,
             "targets": (r"\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",),
+            "init": "",
         }
     )
     config.sampler = ConfigDict(

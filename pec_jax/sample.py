@@ -18,7 +18,10 @@ _VARIANT = flags.DEFINE_string(
     "variant", "", "Variant of the weight files, such as fp16; '' is the plain one."
 )
 _LORA = flags.DEFINE_string(
-    "lora", None, "A run directory (its newest checkpoint), or a LoRA file of diffusers or PEFT."
+    "lora",
+    None,
+    "A run directory (its newest checkpoint); a LoRA of diffusers, PEFT, kohya, ComfyUI, XLabs: a "
+    "file, a directory that holds one, or a hub id organisation/repository@revision.",
 )
 _USE_EMA = flags.DEFINE_bool(
     "use_ema", True, "Of a run, use the averaged parameters, not the last."

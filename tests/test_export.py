@@ -310,3 +310,7 @@ class TestCard:
         text = model_card.model_card(run, from_config_dict(values), "lora", classes)
         assert "someone" not in text and "my-sd3" in text
         assert "base_model" not in ModelCard(text).data.to_dict()
+        assert "Started from" not in text
+        values.trainable.init = "/home/someone/my-lora"
+        text = model_card.model_card(run, from_config_dict(values), "lora", classes)
+        assert "- Started from: my-lora" in text and "someone" not in text

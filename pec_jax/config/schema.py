@@ -53,6 +53,7 @@ class TrainableConfig:
     rank: int = field("Of the LoRA.", low=1, high=4096)
     alpha: float = field("Of the LoRA; its scale is alpha / rank.")
     targets: tuple[str, ...] = field("Regular expressions over dotted module names.")
+    init: str = field("LoRA file, run directory or hub id@revision to start from; '' is none.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,19 +17,15 @@ from tqdm import tqdm
 
 from pec_jax import io
 from pec_jax.data.prompts import Prompt, read_prompts
-from pec_jax.errors import RunError
 from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.flow.sampler import FlowSampler
-from pec_jax.rl.policy import bind
+from pec_jax.training.learned import open_learned
 from pec_jax.training.metric_writer import image_grid, save_png, to_picture
-from pec_jax.training.run_directory import learned_params, run_config
 from pec_jax.types import Array, Conditioning, PyTree
-from pec_jax.weights.lora_files import read_lora
 
 MAX_GRID_COLUMNS, MAX_GRID_ROWS = 12, 32
-LORA_FILES = ("*.safetensors", "*.json")  # what is fetched of a remote directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +65,7 @@ def run(request: Request, out: epath.Path) -> None:
     request = dataclasses.replace(request, prompts=tuple(p.text for p in prompts))
     out.mkdir(parents=True, exist_ok=True)
     root = pipeline_directory(request.model, request.variant)
+    learned = open_learned(request.lora, root) if request.lora else None
     dtype = jnp.dtype(request.dtype)
     pipeline = load_pipeline(
         root,
@@ -82,8 +79,8 @@ def run(request: Request, out: epath.Path) -> None:
     count = len(request.prompts) * request.num_images
     noise = initial_latents(request, count, shape)
     variables = pipeline.transformer_variables
-    if request.lora:
-        variables = learned_variables(io.path(request.lora), pipeline, use_ema=request.use_ema)
+    if learned is not None:
+        variables = learned.variables(pipeline, use_ema=request.use_ema)
     latents, images = draw(request, pipeline, variables, noise)
     save(out, prompts, latents, images)
     logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
@@ -120,29 +117,6 @@ def initial_latents(request: Request, count: int, shape: tuple[int, ...]) -> Arr
     if not np.isfinite(stored).all():
         raise ValueError(f"{path} holds numbers that are not finite in float32.")
     return jnp.asarray(stored.transpose(0, 2, 3, 1))
-
-
-def learned_variables(source: epath.Path, pipeline: Pipeline, *, use_ema: bool) -> PyTree:
-    """The transformer's variables with what a run has learned, or with a LoRA file applied.
-
-    Args:
-      source: a run directory, or a LoRA that `read_lora` takes.
-      pipeline: the model it belongs to.
-      use_ema: of a run, the averaged parameters instead of the last ones.
-
-    Raises:
-      RunError: there is nothing, or a run without a checkpoint.
-      CheckpointError: the run's checkpoints are damaged.
-      WeightsError: the LoRA cannot be read, or is one of another model.
-    """
-    variables = pipeline.transformer_variables
-    if (source / "config.json").is_file():
-        config = run_config(source)
-        learned = learned_params(source, config, pipeline, use_ema=use_ema)
-        return bind(config.trainable, learned, variables)
-    if not source.exists():
-        raise RunError(f"{source} does not exist; it must be a run directory or a LoRA file.")
-    return {**variables, "lora": read_lora(io.local_copy(source, LORA_FILES), variables["params"])}
 
 
 def draw(

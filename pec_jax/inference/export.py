@@ -17,7 +17,7 @@ from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import model_card
 from pec_jax.io import read_json, write_bytes, write_json, write_text
 from pec_jax.models import lora
-from pec_jax.training.run_directory import learned_params, run_config
+from pec_jax.training.learned import learned_params, run_config
 from pec_jax.types import PyTree
 from pec_jax.weights import lora_files
 from pec_jax.weights.convert import to_torch

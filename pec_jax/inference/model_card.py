@@ -45,6 +45,9 @@ def model_card(workdir: epath.Path, config: Config, kind: str, classes: tuple[st
     rewards = [f"{s['weight']:g} x {n}" for n, s in values["rewards"].items() if s["weight"]]
     evaluation = workdir / "eval.json"
     numbers = read_json(evaluation) if evaluation.exists() else {}
+    # What `trainable.init` names is there before training, too.
+    init = config.trainable.init
+    before = "before training" if init else "base model"
     made = f"{numbers['iterations']} iterations" if numbers else "a run that has not ended"
     return "\n".join(
         [
@@ -58,10 +61,11 @@ def model_card(workdir: epath.Path, config: Config, kind: str, classes: tuple[st
             f"- Method: {name}",
             f"- Sampler in training: {config.sampler.num_steps} steps, guidance "
             f"{config.sampler.guidance:g}, noise {config.sampler.noise_level:g}",
+            *([f"- Started from: {_shortened(init)}"] if init else []),
             f"- Prompts: {config.prompts.train}\n",
             _usage(config, kind, classes),
-            *_results(numbers),
-            *_pictures(workdir),
+            *_results(numbers, before),
+            *_pictures(workdir, before),
             "## Config\n",
             "<details><summary>All fields</summary>\n",
             f"```json\n{json.dumps(_without_places(values), indent=2)}\n```\n",
@@ -131,7 +135,7 @@ def _usage(config: Config, kind: str, classes: tuple[str, str]) -> str:
     )
 
 
-def _results(numbers: Mapping[str, Any]) -> list[str]:
+def _results(numbers: Mapping[str, Any], before: str) -> list[str]:
     """The held-out evaluation before and after, as a table."""
     if not numbers:
         return []
@@ -139,7 +143,7 @@ def _results(numbers: Mapping[str, Any]) -> list[str]:
         "## Held-out evaluation\n",
         f"{numbers['count/images_per_prompt']:g} images of each of {numbers['count/prompts']:g} "
         "prompts. In brackets: the 95% bootstrap interval over prompts.\n",
-        "| | base model | this model |",
+        f"| | {before} | this model |",
         "|---|---:|---:|",
     ]
     for key in sorted(numbers):
@@ -156,13 +160,13 @@ def _cell(numbers: Mapping[str, Any], key: str) -> str:
     return f"{value:.4g}" + (f" ({low:.4g} to {high:.4g})" if low is not None else "")
 
 
-def _pictures(workdir: epath.Path) -> list[str]:
+def _pictures(workdir: epath.Path, before: str) -> list[str]:
     if not grids(workdir):
         return []
     return [
         "## Samples\n",
         "The same prompts and noise before and after.\n",
-        "| base model | this model |\n|---|---|",
+        f"| {before} | this model |\n|---|---|",
         f"| ![before]({next(iter(GRIDS))}) | ![after]({list(GRIDS)[-1]}) |\n",
     ]
 

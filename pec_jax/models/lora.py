@@ -7,6 +7,7 @@ scanned run are adapted together, with a leading layer axis.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,61 @@ from pec_jax.models.layers import RUN_NAME, expand_runs
 
 Array = jax.Array
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a LoRA file does to a network, which may be more than W + a b.
+
+    The leaves are stacked over the layers of a scanned run, as the network's own are.
+
+    Attributes:
+        factors: {"a": [*, in, r], "b": [*, r, out]} as from `scaled`.
+        biases: {"bias": [*, out]}, what is added to the biases of some of these layers.
+        magnitudes: {"magnitude": [*, out]}, the norms that the columns of W + a b are brought to
+            (DoRA, Liu et al. 2024, arXiv 2402.09353); NaN where a layer of a run is not adapted.
+    """
+
+    factors: PyTree
+    biases: PyTree = dataclasses.field(default_factory=dict)
+    magnitudes: PyTree = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is W + a b and nothing else."""
+        return not self.biases and not self.magnitudes
+
+
+def attach(variables: PyTree, adapter: Adapter) -> PyTree:
+    """The network's variables with an adapter in place.
+
+    Factors are put beside the weights. What is no low-rank addition is merged into them: biases,
+    and DoRA, which scales the columns of W itself.
+
+    Args:
+        variables: {"params": ..., ...}, unboxed.
+        adapter: of the network's own layers.
+
+    Returns:
+        New variables with a collection "lora"; changed weights keep their dtype.
+    """
+    params = dict(traverse_util.flatten_dict(variables["params"]))
+    factors = dict(traverse_util.flatten_dict(adapter.factors))
+    for path, change in traverse_util.flatten_dict(adapter.biases).items():
+        params[path] = (params[path] + change).astype(params[path].dtype)
+    for (*layer, _), magnitude in traverse_util.flatten_dict(adapter.magnitudes).items():
+        kernel = params[(*layer, "kernel")]
+        a, b = (jnp.asarray(factors.pop((*layer, half))) for half in "ab")
+        column = jnp.asarray(magnitude)[..., None, :]
+        merged = kernel + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        norm = jnp.linalg.norm(merged, axis=-2, keepdims=True)
+        merged *= jnp.where(jnp.isnan(column), 1.0, column / norm)
+        params[(*layer, "kernel")] = merged.astype(kernel.dtype)
+    return {
+        **variables,
+        "params": traverse_util.unflatten_dict(params),
+        "lora": traverse_util.unflatten_dict(factors),
+    }
 
 
 def linear_layers(params: PyTree) -> dict[tuple[str, ...], tuple[str, ...]]:

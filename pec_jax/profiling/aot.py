@@ -35,7 +35,7 @@ from pec_jax.profiling.collectives import collectives
 from pec_jax.profiling.schedule import longest, schedule
 from pec_jax.rewards.base import Reward
 from pec_jax.rl.train_step import Program, train_step
-from pec_jax.training import build
+from pec_jax.training import build, parts
 from pec_jax.types import Batch, Frozen, PyTree, TrainState
 from pec_jax.weights import published
 from pec_jax.weights.hub import model_directory
@@ -180,7 +180,7 @@ def _arguments(
     """The step's arguments as shapes, and where its state lies."""
     pipeline, networks = models
     weights = pipeline.transformer_variables["params"]
-    params = jax.eval_shape(lambda w: build.trainable_params(config, w), weights)
+    params = jax.eval_shape(lambda w: parts.trainable_params(config, w), weights)
     axes = build.trainable_axes(config, pipeline, params)
     state = jax.eval_shape(program.initial_state, params)
     shardings = sharding.state_shardings(state, axes, program.learner.optimizer, place)

@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 from jaxtyping import Array
 
 from pec_jax.config import Config, ConfigError
-from pec_jax.config.registry import ENCODERS, OBJECTIVES
+from pec_jax.config.registry import ENCODERS
 from pec_jax.config.schema import SamplerConfig
 from pec_jax.data import encode_prompts
 from pec_jax.data.embeddings import Embeddings, PromptTable
@@ -34,19 +33,20 @@ from pec_jax.perception.networks import Networks
 from pec_jax.perception.spaces import shares, surprisal_function
 from pec_jax.rewards.combined import CombinedReward, make_rewards
 from pec_jax.rl.average import Average
-from pec_jax.rl.composition import Constraints
-from pec_jax.rl.objective import Objective
 from pec_jax.rl.policy import Policy
 from pec_jax.rl.rollout import Drawing
 from pec_jax.rl.score import Scorer, Space
 from pec_jax.rl.train_step import Program
 from pec_jax.rl.update import Learner
+from pec_jax.training import warm_start
+from pec_jax.training.parts import make_constraints, make_objective, make_optimizer
 from pec_jax.types import Conditioning, Frozen, PyTree
 from pec_jax.weights.convert import logical_axes
 from pec_jax.weights.hub import model_path
 
-# What the run's key is folded with for each use, so that no two share random numbers.
-_LORA_STREAM, TRAIN_STREAM, EVAL_STREAM, BASE_STREAM = range(4)
+# What the run's key is folded with for each use, so that no two share random numbers; 0 is that of
+# a new LoRA.
+TRAIN_STREAM, EVAL_STREAM, BASE_STREAM = range(1, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,7 @@ def build(config: Config, place: Placement | None = None) -> Experiment:
     check(config)
     prompts = load_prompt_sets(config)
     root = pipeline_directory(config.model.path, config.model.variant)
+    start = warm_start.open_start(config, root)
     pipeline = load_model(config, root, place)
     networks = Networks(
         own=root / "encoders",
@@ -119,7 +120,7 @@ def build(config: Config, place: Placement | None = None) -> Experiment:
         networks=networks.without_text(),
     )
     pipeline = dataclasses.replace(pipeline, text=None)
-    params = trainable_params(config, pipeline.transformer_variables["params"])
+    params = warm_start.initial_params(config, pipeline, start)
     return Experiment(
         config=config,
         pipeline=pipeline,
@@ -196,20 +197,6 @@ def make_judges(config: Config, networks: Networks) -> Judges:
     return Judges(make_rewards(config.rewards, networks), spaces)
 
 
-def make_objective(config: Config) -> Objective:
-    """The chosen objective."""
-    return OBJECTIVES[config.objective.name].make(config.objective.options)
-
-
-def make_constraints(config: Config, objective: Objective) -> Constraints:
-    """Those that are on.
-
-    Raises:
-        ConfigError: two that exclude each other, or one that the objective cannot serve.
-    """
-    return Constraints.from_config(config.constraints, set(objective.provides))
-
-
 def make_program(config: Config, pipeline: Pipeline, judges: Judges) -> Program:
     """The static half of the train step.
 
@@ -280,29 +267,6 @@ def _motion(sampler: SamplerConfig) -> Motion | None:
 def reached_std(sampler: FlowSampler) -> Array:
     """The policy's stds at all steps that are ever trained: the noise scale of a whole run."""
     return sampler.step_std(sampler.reached_steps)
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping, with a linear warm-up."""
-    o = config.optimizer
-    rate = o.learning_rate
-    if o.warmup_steps:
-        rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
-    adamw = optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(o.grad_clip), adamw) if o.grad_clip else adamw
-
-
-def trainable_params(config: Config, params: PyTree) -> PyTree:
-    """What learns, as it is before training: a LoRA that does nothing yet, or the weights.
-
-    Args:
-        config: the run's.
-        params: of the base model's transformer.
-    """
-    if config.trainable.mode == "full":
-        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    key = jax.random.fold_in(jax.random.key(config.seed), _LORA_STREAM)
-    return lora.init(params, config.trainable.targets, config.trainable.rank, key)
 
 
 def trainable_axes(config: Config, pipeline: Pipeline, params: PyTree) -> PyTree:

@@ -31,7 +31,15 @@ class CheckpointError(RunError):
 
 
 class OtherModelError(CheckpointError):
-    """A checkpoint is whole, but holds other arrays than the run has."""
+    """A checkpoint is whole, but holds other arrays than the run has.
+
+    Attributes:
+      difference: in words, what is only there or only here.
+    """
+
+    def __init__(self, message: str, difference: str):
+        super().__init__(message)
+        self.difference = difference
 
 
 class Restored(NamedTuple):
@@ -129,10 +137,12 @@ def restore_newest(directory: epath.Path, expected: TrainState) -> Restored:
                 reasons.append(f"step {step}: {reason}")
                 damaged.append(step)
                 continue
+            difference = _difference(stored, _shapes(expected))
             raise OtherModelError(
                 f"checkpoint {step} in {directory} holds other arrays than this config trains: "
-                f"{_difference(stored, _shapes(expected))}. A change of the model or of what is "
-                "trained in it needs a new run: choose another --workdir."
+                f"{difference}. A change of the model or of what is trained in it needs a new "
+                "run: choose another --workdir.",
+                difference,
             )
     if reasons:
         raise CheckpointError(

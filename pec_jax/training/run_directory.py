@@ -1,4 +1,4 @@
-"""A run directory: where its files lie, who may start in it, and what its run has learned.
+"""A run directory: where its files lie, and who may start in it.
 
 A start goes through three steps, so that one that is refused or fails changes nothing:
 `start` reads, and takes the hold; then models are loaded and the checkpoint is restored;
@@ -17,15 +17,12 @@ from absl import logging
 from etils import epath
 
 from pec_jax import io
-from pec_jax.config import Config, ConfigError, from_config_dict, to_dict
+from pec_jax.config import Config, to_dict
 from pec_jax.config.changes import alters_evaluation, binding, since
 from pec_jax.errors import FileError, RunError
-from pec_jax.families.base import Pipeline
-from pec_jax.rl.train_step import initial_state
-from pec_jax.training import base_evaluation, build
-from pec_jax.training.checkpoint import restore_newest
+from pec_jax.training import base_evaluation
 from pec_jax.training.hold import Hold, new_directory
-from pec_jax.types import PyTree
+from pec_jax.training.learned import CHECKPOINTS, CONFIG_FILE
 
 
 class RunDirectory:
@@ -36,10 +33,10 @@ class RunDirectory:
         self.path = io.path(name)
         if not io.is_remote(self.path):
             self.path = self.path.absolute()
-        self.config_file = self.path / "config.json"
+        self.config_file = self.path / CONFIG_FILE
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluation_file = self.path / "eval.json"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.samples = self.path / "samples"
         self._exit = contextlib.ExitStack()
         self._hold: Hold | None = None
@@ -143,50 +140,3 @@ def _check_cloud_library(path: epath.Path) -> None:
         raise RunError(
             f"--workdir={path} needs google-cloud-storage: pip install 'pec_jax[gcs]'."
         ) from None
-
-
-def run_config(directory: epath.Path) -> Config:
-    """The config that a run was started with.
-
-    Args:
-      directory: the run's --workdir.
-
-    Raises:
-      RunError: not a run directory, or one of another version of this program.
-      FileError: its config.json cannot be read.
-    """
-    path = RunDirectory(directory).config_file
-    if not path.exists():
-        raise RunError(f"{directory} is not a run directory: it has no config.json.")
-    try:
-        return from_config_dict(io.read_json(path))
-    except ConfigError as error:
-        raise RunError(f"{path} is not the config of a run of this version: {error}") from None
-
-
-def learned_params(
-    directory: epath.Path, config: Config, pipeline: Pipeline, *, use_ema: bool
-) -> PyTree:
-    """The trainable parameters as the newest intact checkpoint has them; nothing is written.
-
-    Args:
-      directory: the run's --workdir.
-      config: from `run_config`.
-      pipeline: the model that was trained; shapes come from it, never from the checkpoint.
-      use_ema: the averaged parameters instead of the last ones.
-
-    Returns:
-      A LoRA tree, or the whole transformer's parameters, as `config.trainable.mode` says.
-
-    Raises:
-      RunError: there is no checkpoint yet.
-      CheckpointError: the checkpoints are damaged, or of another model.
-    """
-    params = build.trainable_params(config, pipeline.transformer_variables["params"])
-    objective = build.make_objective(config)
-    constraints = build.make_constraints(config, objective)
-    expected = initial_state(params, build.make_optimizer(config), objective, constraints)
-    state = restore_newest(RunDirectory(directory).checkpoints, expected).state
-    if state is None:
-        raise RunError(f"{directory} holds no checkpoint yet.")
-    return state.ema if use_ema else state.params

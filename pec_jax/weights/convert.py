@@ -26,6 +26,7 @@ from flax import traverse_util
 
 from pec_jax.distributed.mesh import put_array
 from pec_jax.models.layers import RUN_NAME, expand_runs
+from pec_jax.weights.layouts import uncompiled
 from pec_jax.weights.tensors import Tensors, WeightsError
 
 PyTree = Any
@@ -142,7 +143,7 @@ def from_torch(
     """Variables from a torch state dict, read tensor by tensor.
 
     Args:
-        tensors: torch name -> array; `Tensors` or a dict.
+        tensors: torch name -> array; `Tensors`, also of a compiled model, or a dict.
         abstract_variables: the shapes expected, boxed or not.
         ignore: regular expressions; an extra tensor whose whole name matches one is no error.
         dtype: of the leaves but for scalars, which keep theirs; by default the expected (fp32).
@@ -157,7 +158,9 @@ def from_torch(
         WeightsError: a tensor is missing, unexpected, or of another shape; the message
             names it, both shapes, and the file.
     """
-    source = f"{tensors.directory}: " if isinstance(tensors, Tensors) else ""
+    source = ""
+    if isinstance(tensors, Tensors):
+        source, tensors = f"{tensors.directory}: ", uncompiled(tensors)
     plan = list(leaves(abstract_variables))
     wanted = {name for leaf, _ in plan for name in leaf.names}
     if missing := sorted(wanted - set(tensors)):

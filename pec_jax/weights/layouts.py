@@ -15,7 +15,8 @@ import numpy as np
 
 from pec_jax.weights.tensors import Tensors
 
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and mixins
+COMPILED = "_orig_mod."  # what torch.compile puts before the names inside of a module
+WRAPPERS = ("module.", COMPILED, "model.")  # of DataParallel, torch.compile, and mixins
 Layout = Callable[[Tensors], Tensors]
 
 
@@ -72,6 +73,13 @@ class Renamed(Tensors):
 def renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
     """Every tensor under the name that `rename` gives it."""
     return Renamed(tensors, {rename(name): Place(name) for name in tensors})
+
+
+def uncompiled(tensors: Tensors) -> Tensors:
+    """As before torch.compile, of the whole model or of modules in it."""
+    if not any(COMPILED in name for name in tensors):
+        return tensors
+    return renamed(tensors, lambda name: name.replace(COMPILED, ""))
 
 
 def unwrapped(tensors: Tensors) -> Tensors:

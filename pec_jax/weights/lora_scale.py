@@ -1,66 +1,46 @@
 """By which factor a LoRA file is applied: alpha / r of each layer, wherever the file keeps alpha.
 
-Diffusers keeps the settings of an adapter as JSON in the file's header, PEFT in
-adapter_config.json beside the file; older files have a scalar tensor MODULE.alpha, or nothing,
-which means alpha = r.
+The settings of an adapter may give other ranks and alphas to some of its modules. Older files have
+a scalar tensor MODULE.alpha, or nothing, which means alpha = r.
 """
 
 from __future__ import annotations
 
 import collections
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pec_jax.io import read_json
-from pec_jax.weights.tensors import WeightsError, read_metadata
+from pec_jax.weights.lora_settings import Settings
+from pec_jax.weights.tensors import WeightsError
 
-METADATA_KEY = "lora_adapter_metadata"  # of the header, as diffusers calls it
-PREFIX = "transformer."  # of tensors and settings, in a file for a whole pipeline
 MAX_ALPHA = 1e6
+DEFAULT = 8  # PEFT's own r and lora_alpha
 # PEFT's patterns are regular expressions. A file from elsewhere shall not make us run one that
-# never ends, so only the kind that diffusers writes is taken: a module's name or the end of one.
-PATTERN = re.compile(r"\^?[\w.-]+")
-
-
-def adapter_settings(file: Path, *, peft: bool) -> dict[str, Any] | None:
-    """The settings of the adapter in a file, with PEFT's names.
-
-    Args:
-        file: a safetensors file.
-        peft: whether they lie beside the file if they are not in it.
-
-    Returns:
-        Such as {"r": 4, "lora_alpha": 8}; None if the file has none.
-
-    Raises:
-        WeightsError: they cannot be read.
-    """
-    text = read_metadata(file).get(METADATA_KEY)
-    if text is None:
-        return read_json(file.parent / "adapter_config.json") if peft else None
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file}: {METADATA_KEY} is not valid JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{file}: {METADATA_KEY} must hold a JSON object")
-    return {key.removeprefix(PREFIX): value for key, value in settings.items()}
+# never ends: nothing but these signs, and no group repeated.
+_TOKEN = re.compile(
+    r"(?P<unbounded>(?<!\))(?:[*+]|\{\d{1,2},?\d{0,2}\})\??)"
+    r"|(?P<choice>\?|\|)"
+    r"|[\w\- ^$)]|\\[.\-dDwW]|\.|\[\^?(?:\\[.\-dDwW]|[\w.\-])+\]|\((?:\?:)?"
+)
+# An upper bound of how often a pattern goes back on a name of 64 characters, as a power of two.
+_BITS = {"unbounded": 6, "choice": 1}
+_MAX_STEPS = 2**25  # of all patterns of a file
+_MAX_PATTERNS, _MAX_LENGTH = 10_000, 500
 
 
 def scales(
     file: Path,
     ranks: Mapping[str, int],
-    settings: Mapping[str, Any] | None,
+    settings: Settings | None,
     alphas: Mapping[str, float],
 ) -> dict[str, float]:
-    """The factor that each layer's product B A is multiplied with.
+    """The factor that each module's product B A is multiplied with.
 
-    alpha / r, or alpha / sqrt(r) where the settings ask for it (rsLoRA). A layer without an alpha
-    of its own takes the settings' alpha, or that which most layers have; 1 if there is none.
+    alpha / r, or alpha / sqrt(r) where the settings ask for it (rsLoRA). A module without an alpha
+    of its own takes the settings' alpha, or that which most modules have; 1 if there is none.
 
     Args:
         file: named in messages.
@@ -72,8 +52,8 @@ def scales(
         Module -> factor.
 
     Raises:
-        WeightsError: settings and tensors both give an alpha, an alpha that is no number, or
-            settings of another rank.
+        WeightsError: settings and tensors both give an alpha, an alpha that is no number, a
+            pattern that may not end, or settings of another rank.
 
     Source: diffusers 0.42, utils/peft_utils.py, get_peft_kwargs; PEFT, tuners/lora/layer.py;
     Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA).
@@ -81,7 +61,7 @@ def scales(
     if settings is not None and alphas:
         raise WeightsError(f"{file}: gives alpha twice, as tensors and as settings; drop one")
     if settings is not None:
-        return _from_settings(file, ranks, settings)
+        return _from_settings(settings.source, ranks, settings.values)
     own = {module: _number(file, f"{module}.alpha", value) for module, value in alphas.items()}
     if not own:
         return dict.fromkeys(ranks, 1.0)
@@ -92,37 +72,69 @@ def scales(
 def _from_settings(
     file: Path, ranks: Mapping[str, int], settings: Mapping[str, Any]
 ) -> dict[str, float]:
-    usual = _number(file, "lora_alpha", settings.get("lora_alpha"))
-    patterns = _table(file, settings, "alpha_pattern")
-    for pattern in patterns:
-        if not PATTERN.fullmatch(pattern):
-            raise WeightsError(
-                f"{file}: alpha_pattern {pattern!r} is not supported; give it module names, such "
-                "as 'transformer_blocks.0.attn.to_q'"
-            )
-    stated = [settings.get("r"), *_table(file, settings, "rank_pattern").values()]
+    usual_rank = _number(file, "r", settings.get("r", DEFAULT))
+    usual_alpha = _number(file, "lora_alpha", settings.get("lora_alpha", DEFAULT))
+    rank_pattern = _patterns(file, settings, "rank_pattern")
+    alpha_pattern = _patterns(file, settings, "alpha_pattern")
     result = {}
     for module, rank in ranks.items():
-        if rank not in stated:
+        stated = _matching(rank_pattern, module, usual_rank)
+        if rank != stated:
             raise WeightsError(
                 f"{file}: {module!r} has rank {rank}, but the adapter's settings say "
-                f"{stated[0]!r}; they belong to different files"
+                f"{stated:g}; they belong to different files"
             )
-        alpha = next((value for key, value in patterns.items() if _matches(key, module)), usual)
+        alpha = _matching(alpha_pattern, module, usual_alpha)
         result[module] = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return result
 
 
-def _table(file: Path, settings: Mapping[str, Any], key: str) -> dict[str, float]:
-    value = settings.get(key) or {}
-    if not isinstance(value, dict):
-        raise WeightsError(f"{file}: {key} {value!r} must be an object")
-    return {pattern: _number(file, key, item) for pattern, item in value.items()}
+def _patterns(
+    file: Path, settings: Mapping[str, Any], key: str
+) -> list[tuple[re.Pattern[str], float]]:
+    """Each pattern of a setting, as PEFT matches it, with its number."""
+    table = settings.get(key) or {}
+    if not isinstance(table, dict):
+        raise WeightsError(f"{file}: {key} {table!r} must be an object")
+    steps = sum(_steps(file, key, pattern) for pattern in table)
+    if len(table) > _MAX_PATTERNS or steps > _MAX_STEPS:
+        raise WeightsError(f"{file}: {key} could take for ever; name the modules instead")
+    return [
+        (_compile(file, key, pattern), _number(file, key, value))
+        for pattern, value in table.items()
+    ]
 
 
-def _matches(pattern: str, module: str) -> bool:
-    name = pattern.removeprefix("^")
-    return module == name or (name == pattern and module.endswith(f".{name}"))
+def _steps(file: Path, key: str, pattern: str) -> int:
+    """About how many steps a pattern may take on a name, at most."""
+    bits, end = 0, 0
+    for token in _TOKEN.finditer(pattern):
+        if token.start() != end:
+            break
+        end = token.end()
+        bits += _BITS.get(token.lastgroup or "", 0)
+    if end != len(pattern) or end > _MAX_LENGTH or 2**bits > _MAX_STEPS:
+        raise WeightsError(
+            f"{file}: {key} {pattern[:_MAX_LENGTH]!r} is not supported, for it could take for "
+            "ever; name the modules, such as 'transformer_blocks.0.attn.to_q' or '.*\\.to_(q|k)'"
+        )
+    return 2**bits
+
+
+def _compile(file: Path, key: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise WeightsError(
+            f"{file}: {key} {pattern!r} is no regular expression: {error}"
+        ) from error
+
+
+def _matching(
+    patterns: Sequence[tuple[re.Pattern[str], float]], module: str, usual: float
+) -> float:
+    """The number of the first pattern that a module's name, or the end of it, matches."""
+    return next((number for pattern, number in patterns if pattern.match(module)), usual)
 
 
 def _number(file: Path, name: str, value: Any) -> float:

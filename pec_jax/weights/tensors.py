@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors looks up)
+import ml_dtypes  # also registers bfloat16 with numpy, which safetensors looks up
 import numpy as np
 import safetensors
 from etils import epath
@@ -20,6 +20,11 @@ from pec_jax.errors import FileError
 
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 STEMS = ("model", "diffusion_pytorch_model")
+# What the safetensors library asks numpy for, which has none of them.
+FLOAT8 = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 
 
 class WeightsError(FileError):
@@ -70,12 +75,18 @@ class TensorFiles(Tensors):
 
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._files[name]
-        try:
-            # Opened anew each time: a mapping that stays open keeps all pages ever read in memory.
-            with _open(path) as handle:
+        # Opened anew each time: a mapping that stays open keeps all pages ever read in memory.
+        with _open(path) as handle:
+            kind = handle.get_slice(name).get_dtype()
+            if kind in FLOAT8:
+                return _read_float8(path, name, FLOAT8[kind])
+            try:
                 return handle.get_tensor(name)
-        except (safetensors.SafetensorError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path}: tensor {name!r} cannot be read: {error}") from error
+            except (safetensors.SafetensorError, TypeError, AttributeError) as error:
+                raise WeightsError(
+                    f"{path}: tensor {name!r} cannot be read, its type is {kind}; save it as "
+                    "float32, bfloat16, float16 or float8"
+                ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -101,6 +112,16 @@ def _open(path: Path) -> Any:
         raise WeightsError(
             f"{path}: truncated or not a safetensors file ({error}); fetch it again"
         ) from error
+
+
+def _read_float8(path: Path, name: str, dtype: np.dtype) -> np.ndarray:
+    """A tensor of a type that the library cannot give; `_open` has checked the file's header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[name]
+        start, stop = entry["data_offsets"]
+        file.seek(8 + size + start)
+        return np.frombuffer(file.read(stop - start), dtype).reshape(entry["shape"])
 
 
 def _read_index(index: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pec_jax.config import from_config_dict
 from pec_jax.config.files import load_config
 from pec_jax.configs import base
 from pec_jax.families.registry import published_pipelines
-from pec_jax.training import build
+from pec_jax.training import build, parts
 from pec_jax.weights.published import write
 
 
@@ -24,7 +24,7 @@ def adapted(name: str, tmp_path: Path, pipeline: str, **changes) -> int:
     root = write(published_pipelines()[pipeline], tmp_path)
     model = build.load_model(config, root, None, weights=False)
     shapes = model.transformer_variables["params"]
-    lora = jax.eval_shape(lambda: build.trainable_params(config, shapes))
+    lora = jax.eval_shape(lambda: parts.trainable_params(config, shapes))
     return sum(leaf.size for leaf in jax.tree.leaves(lora))
 
 

@@ -32,7 +32,7 @@ from pec_jax.rl.advantages import group_advantages
 from pec_jax.rl.average import Average
 from pec_jax.rl.train_step import Program
 from pec_jax.rl.update import update
-from pec_jax.training import build
+from pec_jax.training import build, parts
 from pec_jax.types import Batch, Conditioning, Frozen, Rollout, Trajectory
 from tests.rl import recipe_oracle as published
 
@@ -186,7 +186,7 @@ def load(case: Case, root: Path) -> Ours:
     batch = Batch(jnp.arange(GROUPS), prompts(GROUPS), {})
     adapters = jax.tree.map(
         lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), jnp.float32),
-        build.trainable_params(config, pipeline.transformer_variables["params"]),
+        parts.trainable_params(config, pipeline.transformer_variables["params"]),
     )
     program = build.make_program(config, pipeline, judges)
     return Ours(root, program, (frozen, batch), adapters)
@@ -484,7 +484,7 @@ def test_the_optimizer_is_the_published_one():
     """AdamW behind clipping at norm 1, with a rate at which weight decay shows in float32."""
     config = sd3_grpo.get_config()
     config.optimizer.learning_rate = 0.1
-    optimizer = build.make_optimizer(from_config_dict(config))
+    optimizer = parts.make_optimizer(from_config_dict(config))
     recipe = dataclasses.replace(CASES["sd3"].recipe, learning_rate=0.1)
     rng = np.random.default_rng(5)
     params = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)

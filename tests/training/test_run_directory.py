@@ -20,7 +20,8 @@ from pec_jax.training import hold as hold_lib
 from pec_jax.training import trainer as train_lib
 from pec_jax.training.evaluator import Evaluation
 from pec_jax.training.hold import Hold
-from pec_jax.training.run_directory import RunDirectory, run_config
+from pec_jax.training.learned import run_config
+from pec_jax.training.run_directory import RunDirectory
 from tests import fake_bucket
 from tests.conftest import ROOT, small_config_dict, tree_hash
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -105,6 +106,13 @@ class TestFromTorch:
         assert low["params"].pop("logit_scale").dtype == np.float32
         assert {a.dtype for a in jax.tree.leaves(low)} == {np.dtype(jnp.bfloat16)}
 
+    @pytest.mark.parametrize("kind", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+    def test_float8(self, state, shapes, kind):
+        low = {name: array.astype(kind) for name, array in state.items()}
+        exact = {name: array.astype(np.float32) for name, array in low.items()}
+        found, expected = from_torch(low, shapes), from_torch(exact, shapes)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
     def test_a_scalar_is_kept_to_the_last_bit(self, state, shapes):
         """CLIP's logit scale ln 100 in bfloat16 is 4.59375, and its exp 98.864 for 100."""
         state["logit_scale"] = np.float32(4.60517)
@@ -119,6 +127,14 @@ class TestFromTorch:
         from_torch(state, shapes, ignore=(r".*\.position_ids",))
         with pytest.raises(WeightsError, match="position_ids"):
             from_torch(state, shapes, ignore=("position_ids",))  # the whole name must match
+
+    @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+    def test_of_compiled_modules(self, state, shapes, tmp_path, prefix):
+        """torch.compile puts a prefix before all names, or before those inside of one module."""
+        names = {n: prefix + n.replace("blocks.1.", "blocks.1._orig_mod.") for n in state}
+        write_tensors(tmp_path, {names[name]: value for name, value in state.items()})
+        found, expected = from_torch(read_tensors(tmp_path), shapes), from_torch(state, shapes)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 class TestClearErrors:

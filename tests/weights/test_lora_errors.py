@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_transformer
-from pec_jax.weights.lora_files import FILE_NAMES, read_lora
+from pec_jax.weights.lora_files import FILE_NAMES
+from pec_jax.weights.lora_reader import read_lora
 from pec_jax.weights.tensors import WeightsError
 
 Q, K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
@@ -20,6 +21,15 @@ LAYER = {
     f"transformer.{Q}.lora_B.weight": np.ones((128, 2), np.float32),
 }
 SETTINGS = {"r": 2, "lora_alpha": 4}
+OTHER_KINDS = {  # the end of a tensor's name -> what the message calls it
+    "lokr_w1": "LoKr",
+    "hada_w1_a": "LoHa",
+    "oft_R.weight": "OFT",
+    "dora_scale": "DoRA as LyCORIS",
+    "lora_mid.weight": "convolutions",
+    "diff_b": "whole tensor",
+    "norm.query_norm.scale": "control LoRAs",
+}
 
 
 def save(directory, tensors=LAYER, settings=SETTINGS):
@@ -40,7 +50,8 @@ def renamed(old: str, new: str):
 
 class TestClearErrors:
     def test_the_file_they_start_from_is_fine(self, tmp_path, params):
-        adapter = read_lora(save(tmp_path), params)["transformer_blocks.0:2"]["attn"]["to_q"]
+        factors = read_lora(save(tmp_path), params).factors
+        adapter = factors["transformer_blocks.0:2"]["attn"]["to_q"]
         assert adapter["a"].shape == (2, 128, 2) and adapter["b"].shape == (2, 2, 128)
         assert adapter["b"][0].min() == 2.0 and not adapter["a"][1].any()
 
@@ -70,14 +81,26 @@ class TestClearErrors:
                 },
                 [Q, r"\[0, 128\]"],
             ),
-            (LAYER | {"text_encoder.x.lora_A.weight": np.ones(1)}, ["text encoder", "alone"]),
+            (LAYER | {"text_encoder.x.lora_A.weight": np.ones(1)}, ["text encoder", "without"]),
             (LAYER | {"lora_te1_x.lora_down.weight": np.ones(1)}, ["text encoder"]),
-            (renamed("lora_A", "lora.down"), [r"lora\.down\.weight", "save_lora_adapter"]),
-            (LAYER | {f"transformer.{Q}.lora_magnitude_vector": np.ones(128)}, ["magnitude"]),
-            (LAYER | {f"{Q}.lora_A.weight": np.ones((2, 128))}, [Q, "two names"]),
+            (renamed("lora_A", "lora_C"), [r"lora_C\.weight", "none of MODULE"]),
+            (
+                LAYER | {f"transformer.{Q}.lora_magnitude_vector": np.ones(128)},
+                ["use_dora is not set", "magnitude"],
+            ),
+            (
+                LAYER | {f"transformer.{Q}.lora_B.bias": np.ones(128)},
+                ["lora_bias is not set", r"lora_B\.bias"],
+            ),
+            (LAYER | {f"{Q}.lora_A.weight": np.ones((2, 128))}, [Q, "twice"]),
+            (LAYER | {f"transformer.{Q}.lora_A.new.weight": np.ones((2, 128))}, ["twice", "new"]),
             (LAYER | {f"transformer.{Q}.alpha": np.float32(1)}, ["alpha twice"]),
             (LAYER | {f"transformer.{Q}.alpha": np.ones(3)}, [Q, "one number"]),
             ({}, ["holds no tensors"]),
+            *(
+                (LAYER | {f"transformer.{Q}.{name}": np.ones(2)}, [name, kind])
+                for name, kind in OTHER_KINDS.items()
+            ),
         ],
     )
     def test_tensors(self, tmp_path, params, tensors, words):
@@ -97,7 +120,7 @@ class TestClearErrors:
             ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern 'x' must be a number"),
             ({"alpha_pattern": {"(a+)+$": 1}}, r"alpha_pattern '\(a\+\)\+\$' is not supported"),
             ({"r": 8}, "has rank 2, but the adapter's settings say 8"),
-            ({"r": None}, "settings say None"),
+            ({"r": None}, "r None must be a number"),
         ],
     )
     def test_settings(self, tmp_path, params, settings, word):
@@ -123,7 +146,7 @@ class TestClearErrors:
     def test_pickle(self, tmp_path, params, directory):
         path = tmp_path / "pytorch_lora_weights.bin"
         path.write_bytes(b"\x80\x04.")
-        with pytest.raises(WeightsError, match=r"weights\.bin: a pickle.*safe_serialization"):
+        with pytest.raises(WeightsError, match=r"weights\.bin: a pickle.*pec_jax\.convert"):
             read_lora(tmp_path if directory else path, params)
 
     def test_nothing_there(self, tmp_path, params):
@@ -134,11 +157,12 @@ class TestClearErrors:
 
     def test_which_file_of_a_directory(self, tmp_path, params):
         save(tmp_path).rename(tmp_path / "style.safetensors")
-        expected = read_lora(tmp_path, params)  # the only one
+        expected = read_lora(tmp_path, params).factors  # the only one
         (tmp_path / "other.safetensors").write_bytes(b"")
         with pytest.raises(
             WeightsError, match=r"holds other\.safetensors, style\.safetensors; give"
         ):
             read_lora(tmp_path, params)
         save(tmp_path)
-        jax.tree.map(np.testing.assert_array_equal, read_lora(tmp_path, params), expected)
+        found = read_lora(tmp_path, params).factors
+        jax.tree.map(np.testing.assert_array_equal, found, expected)

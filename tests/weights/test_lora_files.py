@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,10 @@ from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.models import lora
 from pec_jax.shapes.pretraining import tokenizers
-from pec_jax.weights.lora_files import FILE_NAMES, read_lora, write_lora
-from pec_jax.weights.tensors import read_metadata
+from pec_jax.weights.lora_files import FILE_NAMES, find_lora, write_lora
+from pec_jax.weights.lora_reader import read_lora
+from pec_jax.weights.tensors import WeightsError, read_metadata
+from tests.conftest import ROOT
 
 # Attention, feed-forward and modulation of scanned runs, and a layer outside of them.
 PATTERNS = (r"attn2?\.to_(q|k|v)$", r"\.ff\.net", r"norm1\.linear$", r"^proj_out$")
@@ -119,13 +124,13 @@ class TestWrite:
         path = write_lora(tmp_path, adapter, 7.5, {"note": "x"})
         assert path == tmp_path / FILE_NAMES[0]
         assert {"format": "pt", "note": "x"}.items() <= read_metadata(path).items()
-        same(read_lora(tmp_path, params), lora.scaled(adapter, 7.5, 3))
-        same(read_lora(path, jax.eval_shape(lambda: params)), lora.scaled(adapter, 7.5, 3))
+        same(read_lora(tmp_path, params).factors, lora.scaled(adapter, 7.5, 3))
+        same(read_lora(path, jax.eval_shape(lambda: params)).factors, lora.scaled(adapter, 7.5, 3))
 
     def test_bfloat16(self, tmp_path, params):
         adapter = jax.tree.map(lambda a: a.astype(jnp.bfloat16), random_lora(params))
         write_lora(tmp_path, adapter, 3.0)
-        found = read_lora(tmp_path, params)
+        found = read_lora(tmp_path, params).factors
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
         same(found, jax.tree.map(lambda a: np.asarray(a, np.float32), adapter))
 
@@ -220,7 +225,8 @@ class TestReadWhatPeftTrained:
             return np.transpose(v, (0, 3, 1, 2))
 
         # Merged, so that one compiled network serves every shape of adapter.
-        found = velocity(lora.merge(variables["params"], read_lora(path, variables["params"])))
+        adapter = read_lora(path, variables["params"])
+        found = velocity(lora.merge(variables["params"], adapter.factors))
         assert relative(velocity(variables["params"]), expected) > 0.01
         assert relative(found, expected) < 1e-5
 
@@ -321,8 +327,42 @@ class TestFlux:
         save_file(tensors, tmp_path / FILE_NAMES[0])
 
         pipe.load_lora_weights(tmp_path)
-        adapter = read_lora(tmp_path, params)
+        adapter = read_lora(tmp_path, params).factors
         assert adapter["transformer_blocks.0:2"]["attn"]["to_q"]["a"].shape == (2, 16, 4)
         found = self.ours(adapter, params)
         for name, update in self.updates(pipe, params).items():
             np.testing.assert_allclose(found[name], update, atol=1e-6, err_msg=name)
+
+
+class TestFind:
+    """Which file a path stands for, and what is said of a path that stands for none."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        """As Flow-GRPO leaves its checkpoints."""
+        for step in (30, 60):
+            place = tmp_path / f"checkpoint-{step}" / "lora"
+            place.mkdir(parents=True)
+            save_file({"x": np.ones(1)}, place / FILE_NAMES[1])
+            (place.parent / "optimizer.bin").write_bytes(b"")
+        return tmp_path
+
+    def test_a_checkpoint_of_flow_grpo(self, run):
+        place = run / "checkpoint-60" / "lora"
+        assert find_lora(run / "checkpoint-60") == find_lora(place) == place / FILE_NAMES[1]
+
+    def test_its_run_lists_the_checkpoints(self, run):
+        with pytest.raises(WeightsError, match="one of its directories: checkpoint-30, checkpoint"):
+            find_lora(run)
+
+    def test_the_advice_for_a_pickle(self, tmp_path, params):
+        adapter = random_lora(params)
+        path = write_lora(tmp_path, adapter, 3.0)
+        tensors = {name: torch.from_numpy(value) for name, value in load_file(path).items()}
+        path.unlink()
+        torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
+        with pytest.raises(WeightsError, match=r"a pickle.*: python -m pec_jax\.convert") as error:
+            read_lora(tmp_path, params)
+        command = str(error.value).split(": ")[-1].split()
+        subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, capture_output=True)
+        same(read_lora(tmp_path, params).factors, lora.scaled(adapter, 3.0, 3))

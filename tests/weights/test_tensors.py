@@ -6,6 +6,7 @@ import json
 import os
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -58,6 +59,32 @@ class TestReading:
         found = read_tensors(tmp_path)["x"]
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(found, value)
+
+    @pytest.mark.parametrize(
+        ("kind", "dtype"),
+        [("F8_E4M3", ml_dtypes.float8_e4m3fn), ("F8_E5M2", ml_dtypes.float8_e5m2)],
+    )
+    def test_float8(self, tmp_path, kind, dtype):
+        """The library neither reads nor writes them with numpy; the file is made by hand."""
+        value = np.linspace(-3, 3, 6, dtype=np.float32).reshape(2, 3).astype(dtype)
+        header = {
+            "a": {"dtype": "U8", "shape": [5], "data_offsets": [0, 5]},
+            "x": {"dtype": kind, "shape": [2, 3], "data_offsets": [5, 11]},
+        }
+        text = json.dumps(header).encode()
+        content = len(text).to_bytes(8, "little") + text + b"\1" * 5 + value.tobytes()
+        (tmp_path / "model.safetensors").write_bytes(content)
+        found = read_tensors(tmp_path)["x"]
+        assert found.dtype == dtype and found.shape == (2, 3)
+        np.testing.assert_array_equal(found.astype(np.float32), value.astype(np.float32))
+
+    def test_a_type_that_numpy_has_not(self, tmp_path):
+        header = {"x": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}
+        text = json.dumps(header).encode()
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + b"\1\1")
+        with pytest.raises(WeightsError, match="'x' cannot be read, its type is F8_E8M0; save it"):
+            read_tensors(tmp_path)["x"]
 
     def test_stem_of_diffusers_is_found(self, tmp_path):
         write_tensors(tmp_path, TENSORS, "diffusion_pytorch_model")
