@@ -38,6 +38,7 @@ def _model_and_data(config: ConfigDict) -> None:
             "height": 0,
             "width": 0,
             "remat": "none",
+            "transformer": "",
         }
     )
     config.trainable = ConfigDict(

@@ -72,14 +72,15 @@ def read_json(file: os.PathLike[str]) -> dict[str, Any]:
     try:
         with source.open("rb") as handle:
             data = handle.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise FileError(f"{source}: larger than {MAX_JSON_BYTES} bytes, which no config is")
-        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise FileError(f"{source}: no such file; is the download complete?") from None
     except OSError as error:
         raise FileError(f"{source}: cannot be read: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    if len(data) > MAX_JSON_BYTES:
+        raise FileError(f"{source}: larger than {MAX_JSON_BYTES} bytes, which no config is")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits
         raise FileError(f"{source}: not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
         raise FileError(f"{source}: must hold a JSON object, not a {type(value).__name__}")

@@ -314,3 +314,21 @@ class TestCard:
         values.trainable.init = "/home/someone/my-lora"
         text = model_card.model_card(run, from_config_dict(values), "lora", classes)
         assert "- Started from: my-lora" in text and "someone" not in text
+
+    @pytest.mark.parametrize(
+        ("name", "call"),
+        [
+            ("/home/someone/flux1-dev.safetensors", 'from_single_file("PATH OF flux1-dev.saf'),
+            ("/home/someone/finetuned/", 'from_pretrained("PATH OF finetuned")'),
+            ("org/finetuned@abc", 'from_pretrained("org/finetuned", revision="abc")'),
+        ],
+    )
+    def test_a_transformer_that_was_not_the_pipelines_own(self, name, call):
+        values = small_config_dict()
+        values.model.path = "black-forest-labs/FLUX.1-dev@abc"
+        values.model.transformer = name
+        classes = ("FluxPipeline", "FluxTransformer2DModel")
+        text = model_card.model_card(Path("/none"), from_config_dict(values), "lora", classes)
+        assert f"transformer = FluxTransformer2DModel.{call}" in text
+        assert "import FluxPipeline, FluxTransformer2DModel" in text
+        assert ', revision="abc", transformer=transformer)' in text and "someone" not in text

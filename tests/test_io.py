@@ -63,6 +63,7 @@ class TestJson:
             (b"{", "not valid JSON"),
             (b"\xff\xfe", "not valid JSON"),
             (b"[" * 10**6, "not valid JSON"),
+            (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
             (b"[1]", "JSON object, not a list"),
         ],
     )

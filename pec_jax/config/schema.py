@@ -2,7 +2,8 @@
 
 Everything below this package takes these dataclasses; nothing else sees a ConfigDict. The values
 live in `configs/base.py` alone: here every field is required, so that a config file that forgets
-one is an error instead of a silent default. Sections that a definition brings along (constraints,
+one is an error instead of a silent default; but for those that are newer than the run directories
+which lack them. Sections that a definition brings along (constraints,
 objectives, rewards, encoders) have their defaults there, see `registry`.
 """
 
@@ -42,6 +43,11 @@ class ModelConfig:
     remat: str = field(
         "What of a block the backward pass recomputes: all but what the name says it keeps.",
         choices=("none", "full", "dots", "attention"),
+    )
+    transformer: str = field(
+        "Transformer in place of the pipeline's: a file of weights as its publisher or diffusers "
+        "has it, a directory, or a hub id@revision; '' is the pipeline's own.",
+        "",
     )
 
 

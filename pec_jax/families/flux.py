@@ -23,6 +23,7 @@ from pec_jax.io import read_json, write_json
 from pec_jax.models.flux import PACK, Flux, FluxConfig
 from pec_jax.models.text import Combine
 from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights import single_files
 from pec_jax.weights.published import Files
 from pec_jax.weights.tensors import read_tensors, write_tensors
 
@@ -102,7 +103,14 @@ class Flux1(Pipeline):
 
     name = "flux"
     class_name = "FluxPipeline"
-    transformer_network = Network("FluxTransformer2DModel", Flux, FluxConfig, _inputs)
+    transformer_network = Network(
+        "FluxTransformer2DModel",
+        Flux,
+        FluxConfig,
+        _inputs,
+        original=single_files.FLUX,
+        origin="black-forest-labs/FLUX.1-dev",
+    )
     text_encoders = (
         clip_encoder("text_encoder", "clip", projected=False),
         t5_encoder("text_encoder_2", "t5"),

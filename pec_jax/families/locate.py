@@ -9,15 +9,45 @@ from etils import epath
 
 from pec_jax import io
 from pec_jax.config import ConfigError, unknown
-from pec_jax.weights.hub import model_directory
+from pec_jax.weights.hub import model_directory, model_path
+from pec_jax.weights.tensors import WeightsError
 
 SPLITS = ("train", "test")
 SHAPES_DIRECTORY = Path(__file__).parents[1] / "shapes" / "assets"
 
 
-def pipeline_directory(name: str, variant: str = "") -> Path:
-    """`shapes` is the embedded pipeline; anything else a directory or `hub/id@revision`."""
-    return SHAPES_DIRECTORY if name == "shapes" else model_directory(name, variant)
+def pipeline_directory(name: str, variant: str = "", transformer: str = "") -> Path:
+    """Where a pipeline is.
+
+    Args:
+        name: `shapes` is the embedded one; anything else a directory or `hub/id@revision`.
+        variant: such as "fp16".
+        transformer: as in `transformer_path`; where it is given, the pipeline's own is not fetched.
+
+    Raises:
+        WeightsError: there is none; or it is a file, which holds no whole pipeline.
+    """
+    if name == "shapes":
+        return SHAPES_DIRECTORY
+    if io.path(name).is_file():
+        raise WeightsError(
+            f"{name}: is a file, and a pipeline has more parts than one file holds: give it as "
+            "config.model.transformer, and as config.model.path the pipeline that the other parts "
+            "come from, such as stabilityai/stable-diffusion-3.5-medium@COMMIT"
+        )
+    return model_directory(name, variant, ("transformer",) if transformer else ())
+
+
+def transformer_path(name: str, *, weights: bool = True) -> Path | None:
+    """Where the transformer is that takes the place of its pipeline's own.
+
+    Args:
+        name: a file of weights, a directory or a hub id; '' is the pipeline's own.
+        weights: False where only shapes are asked for, which no file decides.
+    """
+    if not name or not (weights or io.path(name).is_dir()):
+        return None
+    return model_path(name)
 
 
 def prompt_file(name: str, split: str = "train") -> epath.Path:

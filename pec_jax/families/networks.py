@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +13,23 @@ import jax
 import jax.numpy as jnp
 
 from pec_jax.io import read_json, write_json
+from pec_jax.models import hf_config
 from pec_jax.models.vae import AutoencoderKL, VAEConfig
 from pec_jax.types import PyTree
-from pec_jax.weights.convert import boxed_variables, from_torch, placed_shapes, to_torch, unbox
-from pec_jax.weights.tensors import WeightsError, read_tensors, write_tensors
+from pec_jax.weights.convert import (
+    boxed_variables,
+    check_tensors,
+    from_torch,
+    placed_shapes,
+    to_torch,
+    unbox,
+)
+from pec_jax.weights.layouts import unwrapped
+from pec_jax.weights.parts import open_file, open_part
+from pec_jax.weights.single_files import Original, transformer_tensors
+from pec_jax.weights.tensors import Tensors, WeightsError, write_tensors
 
 STEM = "diffusion_pytorch_model"
-MAX_SIZE = 2**20  # no width, depth or table of a real model is larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Network:
         config: dataclass of config.json's fields, with `from_dict`.
         inputs: config -> the shapes of a smallest call, which fix those of the variables.
         buffers: module -> the values of the collection "buffers" of a new network; {} if none.
+        original: the names of its tensors in its publisher's single file; None if there is none.
+        origin: a hub id that has such a network in diffusers' layout.
     """
 
     class_name: str
@@ -40,10 +51,18 @@ class Network:
     config: Any
     inputs: Callable[[Any], tuple[Any, ...]]
     buffers: Callable[[Any], PyTree] = lambda module: {}
+    original: Original | None = None
+    origin: str = ""
 
     def boxes(self, module: Any) -> PyTree:
         """Shapes and logical axes of a module's variables, in linen's boxes; takes no memory."""
         return boxed_variables(module, *self.inputs(module.config))
+
+    def named(self, tensors: Tensors) -> Tensors:
+        """The network's tensors by diffusers' names, from those of a wrapper or its publisher."""
+        if self.original is None:
+            return unwrapped(tensors)
+        return self.original.to_diffusers(transformer_tensors(tensors))
 
     def shapes(self, module: Any) -> PyTree:
         """The shapes of a module's variables, {"params", "buffers"}; takes no memory."""
@@ -74,43 +93,76 @@ PUBLISHED_VAE = {
 }
 
 
-def load_network(
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A network whose files have been found to fit each other, before its weights are read.
+
+    Attributes:
+        module: the network.
+        load: reads its variables, or their shapes.
+    """
+
+    module: Any
+    load: Callable[[], PyTree]
+
+
+def open_network(
     network: Network,
     directory: str | os.PathLike[str],
     dtype: Any = jnp.float32,
     *,
+    file: Path | None = None,
     param_dtype: Any = None,
     variant: str = "",
     sharding: Any = None,
     weights: bool = True,
     **options: Any,
-) -> tuple[Any, PyTree]:
-    """Loads a network's directory (config.json and its weights).
+) -> Opened:
+    """Opens a network's directory (config.json and its weights) and checks it; nothing is large.
 
     Args:
         network: the class it must be of.
         directory: such as PIPELINE/vae.
         dtype: in which the network computes.
+        file: the file of weights to read, in place of the directory's; the publisher's names will
+            do as well as diffusers'.
         param_dtype: in which its parameters are kept; None is fp32.
         variant: such as "fp16", where there are several files of weights.
         sharding: where the variables go, a sharding for all or a `Placement`; None keeps them in
             host memory, as numpy arrays.
-        weights: False reads config.json alone and returns the variables' shapes.
+        weights: False reads config.json alone, and loads the variables' shapes.
         **options: further fields of the module, such as `remat`.
-
-    Returns:
-        (module, variables).
 
     Raises:
         WeightsError: anything missing, left over, misshapen or unsupported, by name.
     """
     directory = Path(directory)
+    tensors: Tensors | None = None
+    if weights and file is not None:
+        tensors = open_file(file, network.origin)
+    elif weights:
+        tensors = open_part(directory, STEM, variant, network.origin)
     module = load_module(network, directory, dtype, **options)
     boxes = network.boxes(module)
-    if not weights:
-        return module, placed_shapes(boxes, dtype=param_dtype, sharding=sharding)
-    tensors = read_tensors(directory, STEM, variant)
-    return module, from_torch(tensors, boxes, dtype=param_dtype, sharding=sharding)
+    if tensors is None:
+        return Opened(module, lambda: placed_shapes(boxes, dtype=param_dtype, sharding=sharding))
+    named = network.named(tensors)
+    check_tensors(named, boxes)
+    return Opened(module, lambda: from_torch(named, boxes, dtype=param_dtype, sharding=sharding))
+
+
+def load_network(
+    network: Network, directory: str | os.PathLike[str], dtype: Any = jnp.float32, **options: Any
+) -> tuple[Any, PyTree]:
+    """Loads a network's directory.
+
+    Args and Raises: as `open_network`.
+
+    Returns:
+        (module, variables).
+    """
+    opened = open_network(network, directory, dtype, **options)
+    return opened.module, opened.load()
 
 
 def load_module(network: Network, directory: Path, dtype: Any = jnp.float32, **options: Any) -> Any:
@@ -147,34 +199,13 @@ def read_config(directory: Path, class_name: str, file: str = "config.json") -> 
 
 def _parse(config_class: Any, directory: Path, class_name: str) -> Any:
     """The component's config as a dataclass, with every number of the right type and range."""
-    path = directory / "config.json"
     values = read_config(directory, class_name)
-    for field in dataclasses.fields(config_class):
-        value = values.get(field.name)
-        if value is None:
-            continue  # the default, or None where the field allows it
-        for item in (
-            value if field.type.startswith("tuple") and isinstance(value, list) else [value]
-        ):
-            if "int" in field.type and not _is_size(item):
-                raise WeightsError(
-                    f"{path}: {field.name} {value!r} must hold whole numbers from 0 to {MAX_SIZE}"
-                )
-            if field.type == "float" and not _is_finite(item):
-                raise WeightsError(f"{path}: {field.name} {value!r} must be a finite number")
+    values = {key: value for key, value in values.items() if value is not None}
     try:
+        hf_config.check_fields(config_class, values)
         return config_class.from_dict(values)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise WeightsError(f"{path}: {error}") from error
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
-
-
-def _is_finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{directory / 'config.json'}: {error}") from error
 
 
 def save_network(

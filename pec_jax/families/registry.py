@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pec_jax.config import unknown
@@ -73,6 +74,23 @@ def present_text_encoders(directory: Path, family: Family) -> list[TextEncoder]:
     return present
 
 
+def check_parts(directory: Path, family: Family, parts: Iterable[str]) -> None:
+    """Checks that parts which model_index.json names are there.
+
+    Raises:
+        WeightsError: one is not; the message says what to do.
+    """
+    optional = {e.part: (e.part, e.tokenizer) for e in family.text_encoders if e.optional}
+    for part in parts:
+        if (directory / part).is_dir():
+            continue
+        without = " and ".join(f'"{name}": [null, null]' for name in optional.get(part, ()))
+        raise WeightsError(
+            f"{directory / 'model_index.json'}: names {part}, which is not there: fetch the "
+            f"directory {part}" + (f", or write {without} to do without" if without else "")
+        )
+
+
 def transformer_network(directory: Path) -> Network:
     """The network of a transformer's directory, whose config.json names its class.
 
@@ -82,7 +100,7 @@ def transformer_network(directory: Path) -> Network:
     path = directory / "config.json"
     found = read_json(path).get("_class_name")
     networks = {f.transformer_network.class_name: f.transformer_network for f in FAMILIES}
-    if found not in networks:
+    if not isinstance(found, str) or found not in networks:
         raise WeightsError(f"{path}: is a {found}; supported: {', '.join(networks)}")
     return networks[found]
 

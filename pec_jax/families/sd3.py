@@ -24,6 +24,7 @@ from pec_jax.io import read_json
 from pec_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_position_table
 from pec_jax.models.text import Combine
 from pec_jax.types import Array, Conditioning, PyTree
+from pec_jax.weights import single_files
 from pec_jax.weights.published import Files
 
 T5_WIDTH = 4096  # of T5-XXL, where no config says another
@@ -169,7 +170,15 @@ class StableDiffusion3(Pipeline):
 
     name = "sd3"
     class_name = "StableDiffusion3Pipeline"
-    transformer_network = Network("SD3Transformer2DModel", MMDiT, MMDiTConfig, _inputs, _buffers)
+    transformer_network = Network(
+        "SD3Transformer2DModel",
+        MMDiT,
+        MMDiTConfig,
+        _inputs,
+        _buffers,
+        original=single_files.SD3,
+        origin="stabilityai/stable-diffusion-3.5-medium",
+    )
     text_encoders = (
         clip_encoder("text_encoder", "clip", projected=True),
         clip_encoder("text_encoder_2", "clip_2", projected=True),

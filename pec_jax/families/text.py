@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pec_jax.families.tokenizers import load_tokenizer, stored_length
 from pec_jax.io import read_json
 from pec_jax.models import clip, t5
 from pec_jax.models.text import TextTower
-from pec_jax.weights.convert import boxed_variables, from_torch
-from pec_jax.weights.tensors import WeightsError, read_tensors
+from pec_jax.weights.convert import boxed_variables, check_tensors, from_torch
+from pec_jax.weights.parts import open_part
+from pec_jax.weights.tensors import Tensors, WeightsError
 
 CLIP_LENGTH = 77  # tokens, of all published models
 
@@ -81,10 +83,23 @@ def t5_encoder(part: str, tower: str, *, optional: bool = False) -> TextEncoder:
     return TextEncoder(part, "T5EncoderModel", tower, build, optional=optional)
 
 
-def load_tower(
+@dataclasses.dataclass(frozen=True)
+class OpenedTower:
+    """A text encoder whose files have been found to fit each other, before its weights are read.
+
+    Attributes:
+        length: tokens that it takes.
+        load: reads its weights, and gives it with prompts of a length in tokens.
+    """
+
+    length: int
+    load: Callable[[int], TextTower]
+
+
+def open_tower(
     root: Path, encoder: TextEncoder, text_length: int, dtype: Any, variant: str = ""
-) -> TextTower:
-    """Loads one text encoder and its tokenizer.
+) -> OpenedTower:
+    """Opens one text encoder, and loads its tokenizer.
 
     Args:
         root: the pipeline's directory.
@@ -96,29 +111,28 @@ def load_tower(
     Raises:
         WeightsError: a file or tensor is missing, left over or misshapen; an unsupported config.
     """
-    tokenizer = load_tokenizer(root / encoder.tokenizer)
     directory = root / encoder.part
+    tensors = open_part(directory, "model", variant)
     values = read_json(directory / "config.json")
     try:
-        module, ignore, length = encoder.build(values, dtype)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        module, ignore, own_length = encoder.build(values, dtype)
+    except (ValueError, TypeError) as error:
         raise WeightsError(f"{directory / 'config.json'}: {error}") from error
+    tokenizer = load_tokenizer(root / encoder.tokenizer)
     ids = np.zeros((1, 2), np.int32)
     inputs = (ids, ids > 0) if encoder.masked else (ids,)
-    variables = load_variables(
-        directory, module, *inputs, ignore=ignore, dtype=dtype, variant=variant
-    )
-    length = min(length or text_length, tokenizer.model_max_length)
-    return TextTower(module, variables, tokenizer, length, masked=encoder.masked)
+    load = _checked(tensors, module, inputs, ignore=ignore, dtype=dtype)
+    length = int(min(own_length or text_length, tokenizer.model_max_length))
+
+    def load_tower(length: int) -> TextTower:
+        return TextTower(module, load(), tokenizer, length, masked=encoder.masked)
+
+    return OpenedTower(length, load_tower)
 
 
-def stored_length(root: Path, encoder: TextEncoder, text_length: int) -> int:
+def tower_length(root: Path, encoder: TextEncoder, text_length: int) -> int:
     """The tokens of an encoder, from its tokenizer's config alone, which may be absent."""
-    length = encoder.length or text_length
-    path = root / encoder.tokenizer / "tokenizer_config.json"
-    if not path.is_file():
-        return length
-    return min(length, int(read_json(path).get("model_max_length", length)))
+    return int(min(encoder.length or text_length, stored_length(root / encoder.tokenizer)))
 
 
 def load_variables(
@@ -147,33 +161,22 @@ def load_variables(
     Raises:
         WeightsError: a tensor or file is missing, left over or misshapen; the message names it.
     """
-    tensors = read_tensors(directory, "model", variant)
+    tensors = open_part(Path(directory), "model", variant)
+    return _checked(tensors, module, example, ignore=ignore, dtype=dtype, sharding=sharding)()
+
+
+def _checked(
+    tensors: Tensors,
+    module: nn.Module,
+    example: Sequence[Any],
+    *,
+    ignore: Sequence[str],
+    dtype: Any,
+    sharding: Any = None,
+) -> Callable[[], Any]:
+    """What reads a module's variables from tensors that have been found to fit it."""
     expected = boxed_variables(module, *example)
+    check_tensors(tensors, expected, ignore)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return from_torch(tensors, expected, ignore=ignore, dtype=dtype, sharding=sharding)
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """Loads a Hugging Face tokenizer from local files, without running code found among them.
-
-    Args:
-        directory: holds the tokenizer's files.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        WeightsError: there is none; the message names the directory.
-    """
-    # Slow to import, and of no use to those who read embeddings from a file.
-    from transformers import AutoTokenizer
-
-    if not Path(directory).is_dir():
-        raise WeightsError(f"{directory}: no such directory; a tokenizer is expected there")
-    try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{directory}: no usable tokenizer: {error}") from error
+    return lambda: from_torch(tensors, expected, ignore=ignore, dtype=dtype, sharding=sharding)

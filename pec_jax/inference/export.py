@@ -11,7 +11,7 @@ from etils import epath
 from pec_jax.config import unknown
 from pec_jax.config.schema import TrainableConfig
 from pec_jax.errors import RunError
-from pec_jax.families.locate import pipeline_directory
+from pec_jax.families.locate import pipeline_directory, transformer_path
 from pec_jax.families.networks import STEM
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import model_card
@@ -59,8 +59,10 @@ def run(
             f"{config.trainable.mode}), so there is no LoRA: use --kind=transformer."
         )
     prepare(out, kind)
-    root = pipeline_directory(config.model.path, config.model.variant)
-    pipeline = load_pipeline(root, text=False, variant=config.model.variant)
+    model = config.model
+    root = pipeline_directory(model.path, model.variant, model.transformer)
+    transformer = transformer_path(model.transformer)
+    pipeline = load_pipeline(root, text=False, variant=model.variant, transformer=transformer)
     learned = learned_params(workdir, config, pipeline, use_ema=use_ema)
     classes = type(pipeline).class_name, type(pipeline).transformer_network.class_name
     card = model_card.model_card(workdir, config, kind, classes)
@@ -70,7 +72,8 @@ def run(
         logging.info("Load it in diffusers with pipe.load_lora_weights(%r).", str(out))
         return
     variables = merged(config.trainable, learned, pipeline.transformer_variables)
-    architecture = read_json(root / "transformer" / "config.json")
+    own = transformer if transformer and transformer.is_dir() else root / "transformer"
+    architecture = read_json(own / "config.json")
     # The config goes first and comes last, so that a directory that has one is whole.
     (out / "config.json").unlink(missing_ok=True)
     write_tensors(out, to_torch(cast(variables, dtype)), STEM, MARK)

@@ -26,6 +26,11 @@ pipe.load_lora_weights("PATH OR HUB ID OF THIS REPOSITORY")""",
     "transformer": """\
 transformer = {transformer}.from_pretrained("PATH OR HUB ID OF THIS REPOSITORY")
 pipe = {pipeline}.from_pretrained({base}{revision}, transformer=transformer)""",
+    # Of a run whose transformer was not its pipeline's own.
+    "lora of another": """\
+transformer = {transformer}.{load_other}
+pipe = {pipeline}.from_pretrained({base}{revision}, transformer=transformer)
+pipe.load_lora_weights("PATH OR HUB ID OF THIS REPOSITORY")""",
 }
 
 
@@ -61,8 +66,10 @@ def model_card(workdir: epath.Path, config: Config, kind: str, classes: tuple[st
             f"- Method: {name}",
             f"- Sampler in training: {config.sampler.num_steps} steps, guidance "
             f"{config.sampler.guidance:g}, noise {config.sampler.noise_level:g}",
+            f"- Prompts: {config.prompts.train}",
+            *_other_transformer(config),
             *([f"- Started from: {_shortened(init)}"] if init else []),
-            f"- Prompts: {config.prompts.train}\n",
+            "",
             _usage(config, kind, classes),
             *_results(numbers, before),
             *_pictures(workdir, before),
@@ -118,13 +125,15 @@ def _usage(config: Config, kind: str, classes: tuple[str, str]) -> str:
     pipeline, transformer = classes
     revision = config.model.path.partition("@")[2]
     base = json.dumps(_hub_id(config) or f"PATH OF {_title(config)}")
-    code = _LOADING[kind].format(
+    of_another = kind == "lora" and config.model.transformer
+    code = _LOADING["lora of another" if of_another else kind].format(
         pipeline=pipeline,
         transformer=transformer,
+        load_other=_load_other(config.model.transformer),
         base="SHAPES_DIRECTORY" if config.model.path == "shapes" else base,
         revision=f', revision="{revision}"' if _hub_id(config) and revision else "",
     )
-    names = pipeline if kind == "lora" else ", ".join(sorted(classes))
+    names = pipeline if kind == "lora" and not of_another else ", ".join(sorted(classes))
     imports = f"from diffusers import {names}\n"
     if config.model.path == "shapes":
         imports += "from pec_jax.families.locate import SHAPES_DIRECTORY\n"
@@ -133,6 +142,21 @@ def _usage(config: Config, kind: str, classes: tuple[str, str]) -> str:
         f'image = pipe("a prompt", num_inference_steps={config.eval.num_steps}, '
         f"guidance_scale={config.eval.guidance:g}).images[0]\n```\n"
     )
+
+
+def _load_other(name: str) -> str:
+    """The call in diffusers that loads what `config.model.transformer` names."""
+    repo, _, revision = name.partition("@")
+    if _HUB_ID.fullmatch(name) and not epath.Path(name).exists():
+        return f'from_pretrained("{repo}", revision="{revision}")'
+    path = json.dumps(f"PATH OF {name.rstrip('/').rpartition('/')[2]}")
+    return f"from_{'single_file' if epath.Path(name).suffix else 'pretrained'}({path})"
+
+
+def _other_transformer(config: Config) -> list[str]:
+    if not (name := config.model.transformer):
+        return []
+    return [f"- Transformer before training: {name.rstrip('/').rpartition('/')[2]}"]
 
 
 def _results(numbers: Mapping[str, Any], before: str) -> list[str]:

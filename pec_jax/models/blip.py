@@ -76,8 +76,10 @@ class BlipConfig:
         """
         hf_config.check_choice("model_type", values.get("model_type", "blip"), ("blip",))
         return cls(
-            text=hf_config.select(BlipTextConfig, values.get("text_config") or {}),
-            vision=read_vision_config(values.get("vision_config") or {}, "blip_vision_model"),
+            text=hf_config.select(BlipTextConfig, hf_config.section(values, "text_config")),
+            vision=read_vision_config(
+                hf_config.section(values, "vision_config"), "blip_vision_model"
+            ),
         )
 
 

@@ -96,14 +96,18 @@ class CLIPConfig:
             ValueError: another model's config, or an entry that we cannot compute.
         """
         hf_config.check_choice("model_type", values.get("model_type", "clip"), ("clip",))
-        dim = values.get("projection_dim", 512)
-        text = {**(values.get("text_config") or {}), **(values.get("text_config_dict") or {})}
-        vision = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
-        return cls(
+        hf_config.check_fields(cls, values)
+        text, vision = (
+            {**hf_config.section(values, f"{name}_config")}
+            | {**hf_config.section(values, f"{name}_config_dict")}
+            for name in ("text", "vision")
+        )
+        dim = values.get("projection_dim") or cls.projection_dim
+        return hf_config.select(
+            cls,
+            values,
             text=hf_config.select(CLIPTextConfig, text, projection_dim=dim),
             vision=read_vision_config(vision, "clip_vision_model"),
-            projection_dim=dim,
-            logit_scale_init_value=values.get("logit_scale_init_value", 2.6592),
         )
 
 

@@ -69,6 +69,11 @@ class MMDiTConfig:
             value = getattr(self, field.name)
             if field.type == "int" and value < 1:
                 raise ValueError(f"transformer config: {field.name} {value} must be at least 1")
+        if self.sample_size < self.patch_size:
+            raise ValueError(
+                f"transformer config: sample_size {self.sample_size} must be at least patch_size "
+                f"{self.patch_size}"
+            )
         if self.num_layers > MAX_LAYERS:
             raise ValueError(f"transformer config: num_layers {self.num_layers} > {MAX_LAYERS}")
         if self.qk_norm not in (None, "rms_norm"):

@@ -59,10 +59,16 @@ class T5Config:
         parts = self.feed_forward_proj.split("-")
         if len(parts) > 2 or (len(parts) == 2 and parts[0] != "gated"):
             raise ValueError(
-                f"config.json: feed_forward_proj = {self.feed_forward_proj!r} is not supported; "
+                f"feed_forward_proj = {self.feed_forward_proj!r} is not supported; "
                 "it must be an activation's name, or 'gated-' and an activation's name"
             )
         hf_config.check_activation("feed_forward_proj", self.act)
+        exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own
+        if self.relative_attention_max_distance <= exact:
+            raise ValueError(
+                f"relative_attention_max_distance = {self.relative_attention_max_distance} is not "
+                f"supported: it must be more than relative_attention_num_buckets / 4 = {exact}"
+            )
 
     @property
     def gated(self) -> bool:

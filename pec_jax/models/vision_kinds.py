@@ -15,6 +15,7 @@ from pec_jax.models.encoder import LayerConfig, LayerNames
 from pec_jax.models.vision import ROTARY, SMOOTHED, VisionConfig, VisionNames
 
 Values = Mapping[str, Any]  # a config.json, its gaps filled
+MAX_GRID = 256  # patches a side; more than attention can take
 
 COMMON: dict[str, Any] = {
     "hidden_size": 768,
@@ -65,7 +66,7 @@ def read_vision_config(values: Values, kind: str = "") -> VisionConfig:
     kind = kind or str(values.get("model_type"))
     hf_config.check_choice("model_type", kind, sorted(KINDS))
     known = KINDS[kind]
-    values = {**COMMON, **known.defaults, **values}
+    values = _checked(values, {**COMMON, **known.defaults})
     width, heads = values["hidden_size"], values["num_attention_heads"]
     hf_config.check_activation("hidden_act", values["hidden_act"])
     hf_config.check_heads(width, heads)
@@ -83,11 +84,27 @@ def read_vision_config(values: Values, kind: str = "") -> VisionConfig:
         layer=LayerConfig(**layer | known.layer_switches(values)),
         depth=values["num_hidden_layers"],
         names=known.names,
-        image_size=hf_config.square("image_size", values["image_size"]),
-        patch_size=hf_config.square("patch_size", values["patch_size"]),
+        image_size=values["image_size"],
+        patch_size=values["patch_size"],
         num_channels=values["num_channels"],
         **known.switches(values),
     )
+
+
+def _checked(values: Values, defaults: Values) -> Values:
+    """The entries with what they leave out, each of the type of its default and in its range."""
+    filled = {**defaults, **{key: value for key, value in values.items() if value is not None}}
+    for key in ("image_size", "patch_size"):
+        filled[key] = hf_config.square(key, filled[key])
+    for key, default in defaults.items():
+        hf_config.check_value(key, filled[key], type(default).__name__)
+    size, patch = filled["image_size"], filled["patch_size"]
+    if not 1 <= size // patch <= MAX_GRID:
+        raise ValueError(
+            f"image_size = {size} is not supported: with patch_size = {patch} it makes "
+            f"{size // patch} patches a side, which must be 1 to {MAX_GRID}"
+        )
+    return filled
 
 
 def _qkv_bias(values: Values) -> dict[str, Any]:
@@ -124,7 +141,7 @@ def _dinov3(values: Values) -> dict[str, Any]:
     head_dim = values["hidden_size"] // values["num_attention_heads"]
     if head_dim % 4:
         raise ValueError(
-            f"config.json: attention heads of {head_dim} are not supported with rotary positions "
+            f"attention heads of {head_dim} are not supported with rotary positions "
             "of two axes: their width must be a multiple of 4"
         )
     return {
@@ -191,7 +208,7 @@ VIT_NAMES = VisionNames(
 _DINOV2 = Kind(
     {
         "layer_norm_eps": 1e-6,
-        "mlp_ratio": 4,
+        "mlp_ratio": 4.0,
         "qkv_bias": True,
         "use_swiglu_ffn": False,
         "num_register_tokens": 4,

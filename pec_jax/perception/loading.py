@@ -6,19 +6,20 @@ architecture is known by name (`published`). Features are given as the model giv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pec_jax.families.text import load_tokenizer
+from pec_jax.families.tokenizers import VOCABULARIES, load_tokenizer
 from pec_jax.io import read_json
-from pec_jax.models import blip, clip, vision, vision_kinds
+from pec_jax.models import blip, clip, hf_config, vision, vision_kinds
 from pec_jax.perception.encoder import Encoder
 from pec_jax.perception.open_clip import from_open_clip
 from pec_jax.perception.preprocessing import PIL, Preprocessor
@@ -30,11 +31,11 @@ from pec_jax.weights.published import Files
 from pec_jax.weights.tensors import WeightsError
 
 Array = jax.Array
+T = TypeVar("T")
 Loaded = tuple[Encoder, PyTree]  # an encoder and its variables
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _TEXT = ("text_model", "text_projection")  # what only texts go through
 BLIP_LENGTH = 35  # tokens of a text, of ImageReward
 
@@ -70,6 +71,20 @@ class Source:
         """For messages."""
         return self.path.name
 
+    def settings(self, read: Callable[[Mapping[str, Any]], T], values: Mapping[str, Any]) -> T:
+        """What `read` makes of the config's entries.
+
+        Raises:
+            WeightsError: an entry that we cannot compute; the message names the file.
+        """
+        with _named(self.file(CONFIG)):
+            return read(values)
+
+    def file(self, name: str) -> Path:
+        """Where the entries of one of transformers' config files come from, for messages."""
+        files = [self.path / name, self.path / OPEN_CLIP_CONFIG]
+        return next((file for file in files if file.is_file()), self.path)
+
     def variables(self, model: Any, kind: str, *example: Any, ignore: Sequence[str]) -> PyTree:
         """A network's variables, or their shapes."""
         boxes = boxed_variables(model, *example)
@@ -91,13 +106,22 @@ class Source:
         """
         places = [self.path, *self.tokenizers]
         for place in places:
-            if any((place / file).is_file() for file in TOKENIZER):
+            if any((place / file).is_file() for file in VOCABULARIES):
                 return load_tokenizer(place)
         looked = ", ".join(str(place) for place in places)
         raise WeightsError(
             f"{self.path}: its tokenizer is in none of {looked}; give its directory or hub id as "
             "the option `tokenizer`"
         )
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Puts the file's path before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise WeightsError(f"{file}: {error}") from error
 
 
 def load_encoder(source: Source | str | Path, **options: Any) -> Loaded:
@@ -111,8 +135,8 @@ def load_encoder(source: Source | str | Path, **options: Any) -> Loaded:
         The encoder and its variables.
 
     Raises:
-        WeightsError: a file or tensor is missing, left over or misshapen.
-        ValueError: a kind of model, or a config entry, that we cannot compute.
+        WeightsError: a file or tensor is missing, left over or misshapen; a kind of model, or an
+            entry of its config files, that we cannot compute.
     """
     if not isinstance(source, Source):
         source = Source(Path(source), **options)
@@ -120,13 +144,11 @@ def load_encoder(source: Source | str | Path, **options: Any) -> Loaded:
         source = dataclasses.replace(source, key=str(source.path))
     config, preprocessor = config_files(source)
     kind = config.get("model_type")
-    if kind not in LOADERS:
-        known = ", ".join(repr(k) for k in LOADERS)
-        raise ValueError(
-            f"{source.path}: model_type = {kind!r} is no known encoder; known: {known}"
-        )
-    preprocess = Preprocessor.from_dict(preprocessor, kind, source.rounding)
-    return LOADERS[kind](source, config, preprocess)
+    with _named(source.file(CONFIG)):
+        hf_config.check_choice("model_type", kind, list(LOADERS))
+    with _named(source.file(PREPROCESSOR)):
+        preprocess = Preprocessor.from_dict(preprocessor, str(kind), source.rounding)
+    return LOADERS[str(kind)](source, config, preprocess)
 
 
 def config_files(source: Source) -> tuple[dict, dict]:
@@ -141,7 +163,9 @@ def config_files(source: Source) -> tuple[dict, dict]:
         file = root / PREPROCESSOR
         return config, dict(known[PREPROCESSOR]) if PREPROCESSOR in known else read_json(file)
     if (root / OPEN_CLIP_CONFIG).is_file():
-        return from_open_clip(read_json(root / OPEN_CLIP_CONFIG))
+        values = read_json(root / OPEN_CLIP_CONFIG)
+        with _named(root / OPEN_CLIP_CONFIG):
+            return from_open_clip(values)
     if known:
         return dict(known[CONFIG]), dict(known[PREPROCESSOR])
     raise WeightsError(f"{root}: holds no {CONFIG}; give the directory of a whole model")
@@ -151,18 +175,19 @@ def _check_size(source: Source, preprocess: Preprocessor, image_size: int) -> No
     """Finds out at once, not in the middle of a run, that two files do not fit each other."""
     size = preprocess.output_size(image_size, image_size)
     if size != (image_size, image_size):
-        raise ValueError(
+        raise WeightsError(
             f"{source.path}: {PREPROCESSOR} makes images of {size}, "
             f"but {CONFIG} has image_size = {image_size}"
         )
 
 
-def _pixels(config: vision.VisionConfig) -> np.ndarray:
-    return np.zeros((1, config.image_size, config.image_size, config.num_channels), np.float32)
+def _pixels(config: vision.VisionConfig) -> Any:
+    shape = (1, config.image_size, config.image_size, config.num_channels)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _load_clip(source: Source, config: dict, preprocess: Preprocessor) -> Loaded:
-    settings = clip.CLIPConfig.from_dict(config)
+    settings = source.settings(clip.CLIPConfig.from_dict, config)
     model = clip.CLIPModel(settings, dtype=source.dtype)
     _check_size(source, preprocess, settings.vision.image_size)
     ids = np.zeros((1, 2), np.int32)
@@ -198,9 +223,13 @@ def _load_clip(source: Source, config: dict, preprocess: Preprocessor) -> Loaded
 def _load_vision(source: Source, config: dict, preprocess: Preprocessor) -> Loaded:
     """A vision transformer by itself, or the one of a model whose texts we do not read."""
     kind = config["model_type"]
-    entries = config.get("vision_config") or {} if kind == "siglip" else config
     tower = "siglip_vision_model" if kind == "siglip" else kind
-    settings = vision_kinds.read_vision_config(entries, tower)
+
+    def read(values: Mapping[str, Any]) -> vision.VisionConfig:
+        entries = hf_config.section(values, "vision_config") if kind == "siglip" else values
+        return vision_kinds.read_vision_config(entries, tower)
+
+    settings = source.settings(read, config)
     known = vision_kinds.KINDS[tower]
     if known.fixed_size:
         _check_size(source, preprocess, settings.image_size)
@@ -219,7 +248,7 @@ _SIGLIP_TEXT = (r"text_model\..*", "logit_scale", "logit_bias")
 
 
 def _load_blip(source: Source, config: dict, preprocess: Preprocessor) -> Loaded:
-    settings = blip.BlipConfig.from_dict(config)
+    settings = source.settings(blip.BlipConfig.from_dict, config)
     _check_size(source, preprocess, settings.vision.image_size)
     model = blip.BlipModel(settings, dtype=source.dtype)
     ids = np.zeros((1, 2), np.int32)

@@ -13,6 +13,7 @@ touched: whether they are rounded to 8 bits is the caller's business (`to_uint8_
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pec_jax.models import hf_config
 from pec_jax.models.resampling import FILTERS, resize_weights
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -57,6 +59,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": _squashed(224, 3),
     "blip": _squashed(384, 3, CLIP_MEAN, CLIP_STD),
 }
+FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad")
 PIL, FLOAT = "pil", "float"
 ROUNDINGS = (PIL, FLOAT)
 # Their processors never had 8-bit images: transformers resizes DINOv3's as tensors.
@@ -175,26 +178,23 @@ class Preprocessor:
         Raises:
             ValueError: an entry that we cannot compute; the message names it and its value.
         """
-        values = {**DEFAULTS[kind], **values}
+        values = {**DEFAULTS[kind], **{k: v for k, v in values.items() if v is not None}}
+        for key in FLAGS:
+            hf_config.check_value(key, values.get(key, True), "bool")
         resample = values["resample"]
-        if resample not in FILTERS:
-            known = ", ".join(str(number) for number in FILTERS)
-            raise ValueError(
-                f"preprocessor_config.json: resample = {resample!r} is not supported; "
-                f"supported: {known} (Pillow's bilinear and bicubic)"
-            )
+        hf_config.check_choice("resample", resample, list(FILTERS))  # Pillow's numbers
         edge, longest, size = None, None, None
         if values.get("do_resize", True):
-            edge, longest, size = _read_size(values["size"], square=kind == "vit")
+            edge, longest, size = _read_size("size", values["size"], square=kind == "vit")
         if bool(values.get("do_pad")) != (longest is not None):
             raise ValueError(
-                "preprocessor_config.json: do_pad is supported with size = {'longest_edge': n}, "
-                "and needed there"
+                "do_pad is supported with size = {'longest_edge': n}, and needed there"
             )
         crop = None
         if values["do_center_crop"]:
-            crop = _read_size(values.get("crop_size", 224), square=True)[2]
+            crop = _read_size("crop_size", values.get("crop_size", 224), square=True)[2]
         rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+        hf_config.check_value("rescale_factor", rescale, "float")
         normalize = values.get("do_normalize", True)
         return cls(
             shortest_edge=edge,
@@ -203,8 +203,8 @@ class Preprocessor:
             resample=resample,
             crop=crop,
             scale=255.0 * rescale,
-            mean=tuple(values["image_mean"]) if normalize else (0.0,),
-            std=tuple(values["image_std"]) if normalize else (1.0,),
+            mean=_read_colour("image_mean", values["image_mean"]) if normalize else (0.0,),
+            std=_read_colour("image_std", values["image_std"]) if normalize else (1.0,),
             rounded=rounding == PIL and kind not in NEVER_ROUNDED,
         )
 
@@ -262,17 +262,31 @@ def _padded(x: Array, side: int) -> Array:
     return jnp.pad(x, ((0, 0), *bars, (0, 0)))
 
 
-def _read_size(value: Any, square: bool) -> tuple[int | None, int | None, tuple[int, int] | None]:
+def _read_colour(key: str, value: Any) -> tuple[float, ...]:
+    """A number for each channel, red, green and blue."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError(f"{key} = {reprlib.repr(value)} is not supported: it must be 3 numbers")
+    for number in value:
+        hf_config.check_value(key, number, "float")
+    return tuple(value)
+
+
+def _read_size(
+    key: str, value: Any, square: bool
+) -> tuple[int | None, int | None, tuple[int, int] | None]:
     """(shortest edge, longest edge, (height, width)), two of them None."""
-    if isinstance(value, int):
+    entries = value if isinstance(value, Mapping) else {"shortest_edge": value}
+    for side in entries.values():
+        hf_config.check_value(key, side, "int")
+    if not isinstance(value, Mapping):
         return (None, None, (value, value)) if square else (value, None, None)
-    if isinstance(value, Mapping) and set(value) == {"shortest_edge"}:
-        return int(value["shortest_edge"]), None, None
-    if isinstance(value, Mapping) and set(value) == {"longest_edge"}:
-        return None, int(value["longest_edge"]), None
-    if isinstance(value, Mapping) and set(value) == {"height", "width"}:
-        return None, None, (int(value["height"]), int(value["width"]))
+    if set(value) == {"shortest_edge"}:
+        return value["shortest_edge"], None, None
+    if set(value) == {"longest_edge"}:
+        return None, value["longest_edge"], None
+    if set(value) == {"height", "width"}:
+        return None, None, (value["height"], value["width"])
     raise ValueError(
-        f"preprocessor_config.json: size {value!r} is not supported; it must be a number, "
+        f"{key} = {reprlib.repr(value)} is not supported: it must be a number, "
         "{'shortest_edge': n}, {'longest_edge': n} or {'height': n, 'width': n}"
     )

@@ -24,7 +24,7 @@ from pec_jax.data.embeddings import Embeddings, PromptTable
 from pec_jax.data.prompts import Prompt, load_prompts
 from pec_jax.distributed.mesh import Placement
 from pec_jax.families.base import Pipeline
-from pec_jax.families.locate import pipeline_directory, prompt_file
+from pec_jax.families.locate import pipeline_directory, prompt_file, transformer_path
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.flow.sampler import FlowSampler
 from pec_jax.flow.window import Motion, stochastic_steps
@@ -99,14 +99,15 @@ def build(config: Config, place: Placement | None = None) -> Experiment:
     """
     check(config)
     prompts = load_prompt_sets(config)
-    root = pipeline_directory(config.model.path, config.model.variant)
+    model = config.model
+    root = pipeline_directory(model.path, model.variant, model.transformer)
     start = warm_start.open_start(config, root)
     pipeline = load_model(config, root, place)
     networks = Networks(
         own=root / "encoders",
         locate=model_path,
-        dtype=jnp.dtype(config.model.encoder_dtype),
-        rounding=config.model.encoder_resize,
+        dtype=jnp.dtype(model.encoder_dtype),
+        rounding=model.encoder_resize,
         place=place,
     )
     judges = make_judges(config, networks)
@@ -181,6 +182,7 @@ def load_model(
         vae_dtype=jnp.dtype(model.vae_dtype),
         remat=model.remat,
         variant=model.variant,
+        transformer=transformer_path(model.transformer, weights=weights),
         sharding=place,
         weights=weights,
     )

@@ -158,6 +158,30 @@ def from_torch(
         WeightsError: a tensor is missing, unexpected, or of another shape; the message
             names it, both shapes, and the file.
     """
+    tensors = uncompiled(tensors) if isinstance(tensors, Tensors) else tensors
+    check_tensors(tensors, abstract_variables, ignore)
+    flat: dict[tuple[str, ...], Any] = {}
+    for leaf, expected in leaves(abstract_variables):
+        target = _kept_in(expected, dtype)
+        array = _aligned(expected.shape, target)
+        for i, name in enumerate(leaf.names):
+            value = np.transpose(np.asarray(tensors[name]), leaf.axes)
+            array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
+        if sharding is not None:
+            where = sharding(leaf.logical, array.shape) if callable(sharding) else sharding
+            flat[leaf.path] = put_array(array, where)
+        else:
+            flat[leaf.path] = array
+    return traverse_util.unflatten_dict(flat)
+
+
+def check_tensors(
+    tensors: Mapping[str, np.ndarray], abstract_variables: PyTree, ignore: Sequence[str] = ()
+) -> None:
+    """Checks names and shapes of a torch state dict; no tensor is read.
+
+    Args and Raises: as `from_torch`.
+    """
     source = ""
     if isinstance(tensors, Tensors):
         source, tensors = f"{tensors.directory}: ", uncompiled(tensors)
@@ -176,22 +200,9 @@ def from_torch(
             f"{source}{len(extra)} tensors have no place in the network, such as "
             f"{_listing(extra)}; config.json describes another network"
         )
-    for leaf, expected in plan:  # all shapes before any memory is taken
+    for leaf, expected in plan:
         for name in leaf.names:
             _check_shape(tensors, name, leaf.torch_shape(expected.shape))
-    flat: dict[tuple[str, ...], Any] = {}
-    for leaf, expected in plan:
-        target = _kept_in(expected, dtype)
-        array = _aligned(expected.shape, target)
-        for i, name in enumerate(leaf.names):
-            value = np.transpose(np.asarray(tensors[name]), leaf.axes)
-            array[(i,) if leaf.stacked else ...] = value.astype(target, copy=False)
-        if sharding is not None:
-            where = sharding(leaf.logical, array.shape) if callable(sharding) else sharding
-            flat[leaf.path] = put_array(array, where)
-        else:
-            flat[leaf.path] = array
-    return traverse_util.unflatten_dict(flat)
 
 
 def _kept_in(expected: Any, dtype: Any) -> np.dtype:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pec_jax.weights.tensors import Tensors
+from pec_jax.weights.tensors import Tensors, WeightsError
 
 COMPILED = "_orig_mod."  # what torch.compile puts before the names inside of a module
 WRAPPERS = ("module.", COMPILED, "model.")  # of DataParallel, torch.compile, and mixins
@@ -26,12 +26,14 @@ class Place:
 
     Attributes:
         name: in the file.
-        part: (i, n): the i-th of n equal parts along the first axis; None is all of it.
+        parts: of the file's tensor, cut along its first axis, those that make it up, in this order.
+        of: the number of equal parts that it is cut into.
         transposed: whether the file holds the transpose.
     """
 
     name: str
-    part: tuple[int, int] | None = None
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
     transposed: bool = False
 
 
@@ -46,9 +48,9 @@ class Renamed(Tensors):
     def __getitem__(self, name: str) -> np.ndarray:
         place = self._places[name]
         array = self._source[place.name]
-        if place.part is not None:
-            index, count = place.part
-            array = np.split(array, count)[index]
+        if place.of > 1:
+            cut = np.split(array, place.of)
+            array = np.concatenate([cut[i] for i in place.parts])
         return array.T if place.transposed else array
 
     def __iter__(self) -> Iterator[str]:
@@ -58,11 +60,20 @@ class Renamed(Tensors):
         return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
+        """A tensor's shape, without reading it.
+
+        Raises:
+            WeightsError: the file's does not divide into parts.
+        """
         place = self._places[name]
         shape = self._source.shape(place.name)
-        if place.part is not None:
-            shape = (shape[0] // place.part[1], *shape[1:])
+        if place.of > 1:
+            if not shape or shape[0] % place.of:
+                raise WeightsError(
+                    f"{self.file(name)}: tensor {place.name!r} has shape {list(shape)}, which does "
+                    f"not divide into {place.of} parts"
+                )
+            shape = (shape[0] // place.of * len(place.parts), *shape[1:])
         return shape[::-1] if place.transposed else shape
 
     def file(self, name: str) -> Path:
@@ -139,7 +150,7 @@ def _from_open_clip(name: str) -> dict[str, Place]:
     if joined is None:
         return {f"{prefix}.{_translated(layer[3], _OPEN_CLIP_LAYER)}": Place(name)}
     return {
-        f"{prefix}.self_attn.{part}_proj.{joined[1]}": Place(name, (i, 3))
+        f"{prefix}.self_attn.{part}_proj.{joined[1]}": Place(name, (i,), 3)
         for i, part in enumerate("qkv")
     }
 

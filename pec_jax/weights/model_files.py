@@ -47,7 +47,9 @@ def open_model(path: Path) -> Tensors:
 
 def _open_file(path: Path) -> Tensors:
     if path.suffix == SAFETENSORS:
-        return read_file(path)
+        tensors = read_file(path)
+        tensors.directory = path  # which messages name
+        return tensors
     if path.suffix in torch_files.SUFFIXES:
         return torch_files.TorchFile(path)
     known = ", ".join((SAFETENSORS, *torch_files.SUFFIXES))

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -24,12 +26,14 @@ from transformers import (
 
 from pec_jax.config import ConfigError
 from pec_jax.errors import FileError
+from pec_jax.families import networks
 from pec_jax.families.networks import AUTOENCODER_KL, load_network, save_network
 from pec_jax.families.pipeline import load_pipeline, load_transformer
 from pec_jax.families.tiny import write_transformer
 from pec_jax.io import read_json
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError, read_tensors
+from tests.weights.test_single_files import ALL_IN_ONE, checkpoint, sd3_shapes
 
 CAPTIONS = ["a small red cat in the snow", "two large blue houses at the top", "a thing"]
 
@@ -303,12 +307,17 @@ class TestClearErrors:
         [
             ("transformer", {"_class_name": "Other"}, "is a Other; supported: SD3Transformer"),
             ("transformer", {"qk_norm": "layer_norm"}, "qk_norm 'layer_norm'"),
-            ("transformer", {"num_layers": "3"}, "num_layers '3' must hold whole numbers"),
-            ("transformer", {"num_layers": 10**12}, "num_layers 1000000000000"),
+            ("transformer", {"num_layers": "3"}, "num_layers = '3' .* whole number from 1 to 1000"),
+            ("transformer", {"num_layers": 10**12}, "num_layers = 1000000000000"),
+            ("transformer", {"patch_size": 64}, "sample_size 4 must be at least patch_size 64"),
+            ("transformer", {"caption_projection_dim": None}, "caption_projection_dim 1152"),
+            ("transformer", {"pos_embed_max_size": 10**6}, "pos_embed_max_size = 1000000"),
+            ("transformer", {"quantization_config": {"a": 1}}, "quantization_config is not"),
             ("transformer", {"dual_attention_layers": ["x"]}, "dual_attention_layers"),
-            ("vae", {"block_out_channels": 8}, "block_out_channels|iterable"),
-            ("vae", {"scaling_factor": float("nan")}, "scaling_factor nan must be a finite"),
-            ("vae", {"norm_num_groups": 0}, "norm_num_groups 0"),
+            ("vae", {"block_out_channels": 8}, "block_out_channels = 8 .* a list"),
+            ("vae", {"scaling_factor": float("nan")}, "scaling_factor = nan .* a finite number"),
+            ("vae", {"norm_num_groups": 0}, "norm_num_groups = 0 .* from 1"),
+            ("vae", {"use_quant_conv": "no"}, "use_quant_conv = 'no' .* true or false"),
         ],
     )
     def test_config(self, copy, file, change, message):
@@ -332,7 +341,104 @@ class TestClearErrors:
         with pytest.raises(WeightsError, match="the autoencoder has 4"):
             load_pipeline(copy, text=False)
 
-    def test_missing_scheduler(self, copy):
-        shutil.rmtree(copy / "scheduler")
-        with pytest.raises(FileError, match=r"scheduler_config\.json: no such file"):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"shift": "x"}, "shift = 'x' .* a number from 0.01 to 100"),
+            ({"shift": None}, "shift = None"),
+            ({"num_train_timesteps": 0}, "num_train_timesteps = 0"),
+        ],
+    )
+    def test_scheduler(self, copy, change, message):
+        edit(copy / "scheduler" / "scheduler_config.json", **change)
+        with pytest.raises(WeightsError, match=rf"scheduler/scheduler_config\.json: {message}"):
             load_pipeline(copy, text=False)
+
+    @pytest.mark.parametrize(
+        ("part", "remedy"),
+        [
+            ("scheduler", "fetch the directory scheduler$"),
+            ("transformer", "fetch the directory transformer$"),
+            ("vae", "fetch the directory vae$"),
+            ("tokenizer_2", "fetch the directory tokenizer_2$"),
+            ("text_encoder", "fetch the directory text_encoder$"),
+            (
+                "text_encoder_3",
+                r'fetch .* or write "text_encoder_3": \[null, null\] and '
+                r'"tokenizer_3": \[null, null\]',
+            ),
+        ],
+    )
+    def test_a_part_that_is_not_there(self, copy, part, remedy):
+        shutil.rmtree(copy / part)
+        message = rf"model_index\.json: names {part}, which is not there: {remedy}"
+        with pytest.raises(WeightsError, match=message):
+            load_pipeline(copy)
+
+    def test_without_t5_as_the_remedy_says(self, copy):
+        shutil.rmtree(copy / "text_encoder_3")
+        absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+        edit(copy / "model_index.json", **absent)
+        assert set(load_pipeline(copy).text.towers) == {"clip", "clip_2"}
+
+    def test_everything_is_checked_before_any_weights_are_read(self, copy, monkeypatch):
+        monkeypatch.setattr(networks, "from_torch", lambda *args, **kwargs: pytest.fail("read"))
+        edit(copy / "text_encoder_3" / "config.json", num_layers=10**7)
+        with pytest.raises(WeightsError, match=r"text_encoder_3/config\.json: num_layers = 1000"):
+            load_pipeline(copy)
+        edit(copy / "text_encoder_3" / "config.json", num_layers=2)
+        with pytest.raises(WeightsError, match=r"text_encoder_3: .* missing.*block\.1"):
+            load_pipeline(copy)
+
+
+class TestTransformer:
+    """One in place of the pipeline's own."""
+
+    @pytest.fixture(scope="class")
+    def files(self, saved, tmp_path_factory):
+        """A file by the publisher's names, and what diffusers makes of it, as a directory."""
+        root = tmp_path_factory.mktemp("transformer")
+        config = dict(saved[1].config)
+        state = checkpoint(sd3_shapes(config), torch.float32, ALL_IN_ONE)
+        save_file(state, root / "sd3.5_tiny.safetensors")
+        torch.save(state, root / "sd3.5_tiny.pt")
+        theirs = deepcopy(saved[1])
+        theirs.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(state))
+        theirs.save_pretrained(root / "directory")
+        return root
+
+    @pytest.mark.parametrize("name", ["sd3.5_tiny.safetensors", "sd3.5_tiny.pt"])
+    def test_a_file_is_what_diffusers_makes_of_it(self, saved, files, name):
+        ours = load_pipeline(saved[0], text=False, transformer=files / name)
+        theirs = load_pipeline(saved[0], text=False, transformer=files / "directory")
+        own = load_pipeline(saved[0], text=False)
+        same = jax.tree.map(np.array_equal, ours.transformer_variables, own.transformer_variables)
+        assert not any(jax.tree.leaves(same["params"]))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            ours.transformer_variables,
+            theirs.transformer_variables,
+        )
+        jax.tree.map(np.testing.assert_array_equal, ours.vae_variables, own.vae_variables)
+
+    def test_the_pipelines_own_need_not_be_there(self, copy, files):
+        file = files / "sd3.5_tiny.safetensors"
+        (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+        load_pipeline(copy, text=False, transformer=file)
+        edit(copy / "transformer" / "config.json", num_layers=4)
+        with pytest.raises(WeightsError, match=r"sd3\.5_tiny\.safetensors: .* missing"):
+            load_pipeline(copy, text=False, transformer=file)
+
+    def test_what_is_none(self, saved, files, tmp_path):
+        flux = tmp_path / "flux1-dev.safetensors"
+        save_file({"double_blocks.0.img_attn.qkv.bias": torch.ones(3)}, flux)
+        gguf = tmp_path / "flux1-dev-Q4_0.gguf"
+        gguf.write_bytes(b"GGUF")
+        for path, message in (
+            (flux, "holds the transformer of a FluxPipeline, but .* is a StableDiffusion3Pipeline"),
+            (gguf, "GGUF is not supported: use the safetensors that .*stable-diffusion-3.5-medium"),
+            (saved[0], r"is a whole pipeline; its transformer alone is .*/transformer"),
+            (tmp_path / "nothing", "no such file or directory"),
+        ):
+            with pytest.raises(WeightsError, match=f"{path.name}: {message}"):
+                load_pipeline(saved[0], text=False, transformer=path)

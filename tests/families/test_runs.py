@@ -8,13 +8,18 @@ import json
 import diffusers
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from pec_jax.families.flux import Flux1
 from pec_jax.families.tiny import write_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.inference import export as exporting
 from pec_jax.training import trainer as train_lib
+from pec_jax.weights.tensors import read_tensors
 from tests.conftest import small_config_dict
 from tests.families.test_tiny import PROMPTS, diffusers_latents
+from tests.weights.test_single_files import ALL_IN_ONE, checkpoint, flux_shapes
 
 GUIDANCE = 3.5
 
@@ -106,3 +111,24 @@ def test_what_was_learned_is_the_same_in_diffusers(run, tmp_path):
     again = dataclasses.replace(request, lora=str(tmp_path / "lora"))
     sampling.run(again, tmp_path / "again")
     np.testing.assert_allclose(np.load(tmp_path / "again" / "latents.npy"), found, atol=1e-4)
+
+
+def test_from_a_transformer_by_its_publishers_names(tmp_path):
+    root, file = write_pipeline(tmp_path / "model", "flux"), tmp_path / "flux1-tiny.safetensors"
+    state = checkpoint(flux_shapes(Flux1.tiny), torch.float32, ALL_IN_ONE)
+    state = {name: 0.1 * tensor for name, tensor in state.items()}
+    save_file(state, file)
+    config = family_config(root)
+    config.num_iterations = 1
+    config.model.transformer = str(file)
+    train_lib.train(config, tmp_path / "run")
+    exporting.run(tmp_path / "run", "transformer", tmp_path / "export")
+    exported = read_tensors(tmp_path / "export")
+    last = state[f"{ALL_IN_ONE}final_layer.linear.weight"]  # which the LoRA does not change
+    np.testing.assert_array_equal(exported["proj_out.weight"], last.numpy())
+    projections = state[f"{ALL_IN_ONE}double_blocks.0.img_attn.qkv.weight"]
+    learned = exported["transformer_blocks.0.attn.to_q.weight"] - projections.chunk(3)[0].numpy()
+    assert 0 < np.abs(learned).max() < 0.1
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "- Transformer before training: flux1-tiny.safetensors" in card
+    assert str(tmp_path) not in card

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 import shutil
 import warnings
 
@@ -22,7 +24,6 @@ from transformers import (
 
 from pec_jax.errors import FileError
 from pec_jax.families.pipeline import load_text_stack
-from pec_jax.families.text import load_tokenizer
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
 
@@ -164,7 +165,8 @@ def test_bf16_is_kept_and_given_as_fp32(directory, stack):
 @pytest.mark.parametrize(
     "missing, message",
     [
-        ("tokenizer_3", "tokenizer_3: no such directory"),
+        ("tokenizer_3", r"model_index\.json: names tokenizer_3, which is not there"),
+        ("tokenizer_3/tokenizer.json", "tokenizer_3: no usable tokenizer: holds none of"),
         ("text_encoder_2/config.json", r"text_encoder_2/config\.json: no such file"),
         ("text_encoder_3/model.safetensors", "text_encoder_3: holds no model.safetensors"),
     ],
@@ -172,12 +174,50 @@ def test_bf16_is_kept_and_given_as_fp32(directory, stack):
 def test_incomplete_directory_is_named(directory, tmp_path, missing, message):
     copy = tmp_path / "copy"
     shutil.copytree(directory, copy)
+    (copy / "tokenizer_3" / "spiece.model").unlink()  # tokenizer.json is enough
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(FileError, match=message):
         load_text_stack(copy)
 
 
-def test_directory_without_tokenizer_files(tmp_path):
-    with pytest.raises(WeightsError, match="no usable tokenizer"):
-        load_tokenizer(tmp_path)
+CLIP = ("text_encoder", "text_encoder_2")
+DAMAGED = [  # encoders, entry, value, what it must be
+    *(
+        (CLIP, key, value, "a whole number from 1 to 1000")
+        for key, value in (("num_hidden_layers", "2"), ("num_hidden_layers", 10**7))
+    ),
+    (CLIP, "vocab_size", -5, "a whole number from 1 to 1048576"),
+    (CLIP, "vocab_size", 1e12, "a whole number from 1 to 1048576"),
+    (CLIP, "hidden_size", 0, "a whole number from 1 to 1048576"),
+    (CLIP, "hidden_size", "x", "a whole number from 1 to 1048576"),
+    (CLIP, "num_attention_heads", 0, "a whole number from 1 to 1048576"),
+    (CLIP, "eos_token_id", "x", "a whole number from 0 to 1048576"),
+    (CLIP, "eos_token_id", [1], "a whole number from 0 to 1048576"),
+    (CLIP, "layer_norm_eps", "x", "a number from 0 to 1"),
+    (CLIP, "hidden_act", 5, "a string"),
+    (("text_encoder_3",), "num_layers", "2", "a whole number from 1 to 1000"),
+    (("text_encoder_3",), "num_layers", 10**7, "a whole number from 1 to 1000"),
+    (("text_encoder_3",), "vocab_size", 1e12, "a whole number from 1 to 1048576"),
+    (("text_encoder_3",), "d_model", 0, "a whole number from 1 to 1048576"),
+    (("text_encoder_3",), "d_ff", True, "a whole number from 1 to 1048576"),
+    (("text_encoder_3",), "num_heads", 0, "a whole number from 1 to 1048576"),
+    (("text_encoder_3",), "relative_attention_num_buckets", 1, "a whole number from 4"),
+    (("text_encoder_3",), "relative_attention_max_distance", 8, "more than .* 4 = 8"),
+    (("text_encoder_3",), "feed_forward_proj", 5, "a string"),
+]
+
+
+@pytest.mark.parametrize(
+    "part, key, value, right",
+    [(part, *case) for parts, *case in DAMAGED for part in parts],
+)
+def test_a_damaged_config_is_a_sentence(directory, tmp_path, part, key, value, right):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    file = copy / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    shown = re.escape(reprlib.repr(value))
+    message = rf"{part}/config\.json: {key} = {shown} is not supported: it must be {right}"
+    with pytest.raises(WeightsError, match=message):
+        load_text_stack(copy)

@@ -28,6 +28,7 @@ from pec_jax.perception.encoder import unit
 from pec_jax.perception.loading import load_encoder
 from pec_jax.shapes.pretraining import tokenizers
 from pec_jax.weights.tensors import WeightsError
+from tests.weights.test_layouts import OPEN_CLIP
 
 CAPTIONS = ["a small red cat in the snow", "a thing", ""]
 
@@ -179,26 +180,91 @@ def test_bf16_features_are_fp32(clip_directory):
 
 
 @pytest.mark.parametrize(
-    "file, key, value, error, message",
+    "file, key, value, message",
     [
-        (
-            "config.json",
-            "model_type",
-            "swin",
-            ValueError,
-            "'swin' .* known: 'clip', 'blip', 'vit'",
-        ),
-        ("config.json", "image_size", 40, ValueError, r"makes images of \(32, 32\)"),
-        ("config.json", "hidden_size", 48, WeightsError, r"expected \[1, 1, 48\]"),
-        ("preprocessor_config.json", "resample", 5, ValueError, "resample = 5"),
+        ("config.json", "model_type", "swin", "= 'swin' .* supported: 'clip', 'blip', 'vit'"),
+        ("config.json", "model_type", [], r"= \[\] .* supported: 'clip', 'blip', 'vit'"),
+        ("config.json", "num_hidden_layers", 10**7, "= 10000000 .* number from 1 to 1000"),
+        ("config.json", "num_hidden_layers", "2", "= '2' .* a whole number from 1 to 1000"),
+        ("config.json", "num_attention_heads", 0, "= 0 .* a whole number from 1 to 1048576"),
+        ("config.json", "image_size", 10**6, "= 1000000 .* a whole number from 1 to 4096"),
+        ("config.json", "patch_size", 64, "with patch_size = 64 it makes 0 patches a side"),
+        ("config.json", "qkv_bias", 1, "= 1 .* true or false"),
+        ("config.json", "layer_norm_eps", "x", "= 'x' .* a number from 0 to 1"),
+        ("preprocessor_config.json", "resample", 5, "= 5 is not supported; supported: 2, 3"),
+        ("preprocessor_config.json", "size", "x", "= 'x' .* a whole number from 1 to 4096"),
+        ("preprocessor_config.json", "image_mean", [1, 2], r"= \[1, 2\] .* 3 numbers"),
+        ("preprocessor_config.json", "image_std", [0, 1, 1], "= 0 .* a number from 1e-06"),
+        ("preprocessor_config.json", "do_rescale", "no", "= 'no' .* true or false"),
     ],
 )
-def test_bad_directory_is_named(vit_directory, tmp_path, file, key, value, error, message):
+def test_a_damaged_config_is_a_sentence(vit_directory, tmp_path, file, key, value, message):
     copy = tmp_path / "copy"
     shutil.copytree(vit_directory, copy)
     content = json.loads((copy / file).read_text())
     (copy / file).write_text(json.dumps(content | {key: value}))
-    with pytest.raises(error, match=message):
+    named = rf"copy/{file}: ({key}|image_size = 32 is not supported:) {message}"
+    with pytest.raises(WeightsError, match=named):
+        load_encoder(copy)
+
+
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [
+        ("text_config", "num_hidden_layers", 10**7, "num_hidden_layers = 10000000"),
+        ("text_config", "vocab_size", -5, "vocab_size = -5"),
+        ("vision_config", "hidden_size", "x", "hidden_size = 'x'"),
+        ("vision_config", None, 5, "vision_config = 5 .* an object"),
+        ("text_config", None, "x", "text_config = 'x' .* an object"),
+        (None, "projection_dim", 0, "projection_dim = 0"),
+        (None, "logit_scale_init_value", "x", "logit_scale_init_value = 'x' .* a finite number"),
+    ],
+)
+def test_of_a_nested_one_too(clip_directory, tmp_path, section, key, value, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(clip_directory, copy)
+    content = json.loads((copy / "config.json").read_text())
+    if key is None:
+        content[section] = value
+    else:
+        (content[section] if section else content)[key] = value
+    (copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=rf"copy/config\.json: {message}"):
+        load_encoder(copy)
+
+
+@pytest.mark.parametrize(
+    "part, key, value, message",
+    [
+        ("text_cfg", "width", "x", "width = 'x' is not supported: it must be a whole number"),
+        ("vision_cfg", "head_width", 0, "head_width = 0 is not supported"),
+        ("vision_cfg", "mlp_ratio", "x", "mlp_ratio = 'x' is not supported"),
+        ("vision_cfg", "layers", 10**7, "num_hidden_layers = 10000000 is not supported"),
+        ("text_cfg", "heads", "x", "num_attention_heads = 'x' is not supported"),
+        ("text_cfg", "width", None, "width = None is not supported"),
+    ],
+)
+def test_of_open_clips_too(tmp_path, part, key, value, message):
+    model = json.loads(json.dumps(OPEN_CLIP))
+    model["model_cfg"][part][key] = value
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(model))
+    with pytest.raises(WeightsError, match=rf"open_clip_config\.json: ({message})"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("image_size", 40, r"makes images of \(32, 32\)"),
+        ("hidden_size", 48, r"expected \[1, 1, 48\]"),
+    ],
+)
+def test_files_that_do_not_fit_each_other(vit_directory, tmp_path, key, value, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(vit_directory, copy)
+    content = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(content | {key: value}))
+    with pytest.raises(WeightsError, match=message):
         load_encoder(copy)
 
 
