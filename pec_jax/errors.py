@@ -27,6 +27,8 @@ def quiet_libraries() -> None:
     here = str(Path(__file__).parent)
 
     def ours(record: std_logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], RunError):
+            return logging.get_verbosity() >= logging.DEBUG  # it comes here, as a sentence
         return record.levelno >= std_logging.WARNING or record.pathname.startswith(here)
 
     logging.get_absl_handler().addFilter(ours)
