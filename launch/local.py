@@ -4,8 +4,8 @@
 
 On GPUs each process takes one: as many as there are processes. On a CPU each has one device, or
 JAX_NUM_CPU_DEVICES. Lines are prefixed by the process they come from. The first Ctrl-C or SIGTERM
-makes all save and stop, the second kills them. Where one fails, the others are stopped; its status
-is this program's.
+makes all save and stop, the second kills them. Where one fails, it is named and the others are
+stopped; its status is this program's.
 """
 
 from __future__ import annotations
@@ -61,6 +61,15 @@ def run(lines: Sequence[Sequence[str]]) -> int:
         # SIGTERM either way: it is what JAX listens to when several processes train together.
         send(signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
+    def tell_of_failures() -> None:
+        if signals > 1:
+            return  # whoever sent them knows
+        ended = [(i, p.returncode) for i, p in enumerate(processes) if p.poll()]
+        sentences = [f"process {i} {_ending(status)}." for i, status in ended]
+        if any(process.poll() is None for process in processes):
+            sentences.append("The others are stopped.")
+        print(f"Error: {' '.join(sentences)}", file=sys.stderr)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
     for i, line in enumerate(lines):
@@ -81,6 +90,7 @@ def run(lines: Sequence[Sequence[str]]) -> int:
     failed, deadline = 0, float("inf")
     while any(process.poll() is None for process in processes):
         if not failed and (failed := _failure(processes)):
+            tell_of_failures()
             send(signal.SIGTERM)
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
@@ -88,13 +98,27 @@ def run(lines: Sequence[Sequence[str]]) -> int:
         time.sleep(0.1)
     for thread in threads:
         thread.join()
-    return failed or _failure(processes)
+    if not failed and (failed := _failure(processes)):  # of the last ones, between two looks
+        tell_of_failures()
+    return failed
 
 
 def _failure(processes: Sequence[subprocess.Popen[str]]) -> int:
     """The exit status of one that failed, as a shell gives it; 0 if none did."""
     status = next((p.returncode for p in processes if p.poll()), 0)
     return 128 - status if status < 0 else status
+
+
+def _ending(returncode: int) -> str:
+    """How a process that failed has ended, in words."""
+    if returncode > 0:
+        return f"ended with status {returncode}; its last lines say why"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    memory = ", as the system does when memory runs out" if returncode == -signal.SIGKILL else ""
+    return f"was killed by {name} (status {128 - returncode}){memory}"
 
 
 def _copy(number: int, process: subprocess.Popen[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import logging as std_logging
 import os
 import sys
@@ -18,16 +19,39 @@ def quiet_libraries() -> None:
     # Read when tensorflow is imported, which here only writes event files.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    if importlib.util.find_spec("libtpu") and not has_tpu():
+        # Else libtpu complains on stderr that nothing tells it what it runs on, at any log level.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     logging.set_verbosity(logging.INFO)
     here = str(Path(__file__).parent)
 
     def ours(record: std_logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], RunError):
+            return logging.get_verbosity() >= logging.DEBUG  # it comes here, as a sentence
         return record.levelno >= std_logging.WARNING or record.pathname.startswith(here)
 
     logging.get_absl_handler().addFilter(ours)
     logging.get_absl_handler().python_handler.setFormatter(
         std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     )
+
+
+def has_tpu(root: Path = Path("/")) -> bool:
+    """Whether this machine may have a TPU, told without loading its library.
+
+    Args:
+      root: of the file system.
+    """
+    if any(root.glob("dev/accel*")) or any(root.glob("dev/vfio/[0-9]*")):
+        return True
+    for vendor in root.glob("sys/bus/pci/devices/*/vendor"):
+        with contextlib.suppress(OSError):
+            kind = vendor.with_name("class").read_text()
+            # Google's network cards and disks are in every virtual machine of its cloud.
+            if vendor.read_text().strip() == "0x1ae0" and not kind.startswith(("0x01", "0x02")):
+                return True
+    return False
 
 
 class RunError(RuntimeError):

@@ -8,6 +8,7 @@ in the user's cache.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fnmatch
 import hashlib
@@ -15,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,13 @@ from pec_jax.errors import FileError
 CACHE_VARIABLE = "PEC_JAX_CACHE"
 MAX_JSON_BYTES = 64 * 2**20  # an index of a million tensors is smaller
 REWRITE_SECONDS = 60.0  # how often a file of lines on an object store is brought up to date
+TOLD_BYTES = 64  # so many of a text's first bytes tell its encoding
+_MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's does
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -85,6 +94,37 @@ def read_json(file: os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError(f"{source}: must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def other_encoding(head: bytes) -> str | None:
+    """The name of a text's encoding, where its first bytes tell that it is not UTF-8.
+
+    Args:
+      head: the first TOLD_BYTES of a file, or all of a shorter one.
+
+    Returns:
+      As `iconv` knows it; None for UTF-8 and for what cannot be told.
+    """
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    # Latin letters have a zero byte beside each, which no text in UTF-8 has.
+    for place, name in ((0, "UTF-16BE"), (1, "UTF-16LE")):
+        if len(head) > 1 and any(head) and not any(head[place::2]):
+            return name
+    return None
+
+
+def recode_advice(file: os.PathLike[str], encoding: str | None = None) -> str:
+    """How to bring a text file to UTF-8, from an encoding that is known or guessed."""
+    source = pathlib.PurePath(file)
+    old, new = (shlex.quote(n) for n in (source.name, f"{source.stem}_utf8{source.suffix}"))
+    if encoding is None:
+        return (
+            "Save it as UTF-8, or convert it from the encoding that it has; that of Windows: "
+            f"iconv -f CP1252 -t UTF-8 {old} > {new}"
+        )
+    return f"Convert it: iconv -f {encoding} -t UTF-8 {old} > {new}"
 
 
 def write_json(file: os.PathLike[str], value: Mapping[str, Any]) -> None:

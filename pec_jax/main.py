@@ -40,13 +40,15 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Index of this process, from 0; detected likewise.", lower_bound=0
 )
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds for which the other processes are waited for.", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:
     """Parses, validates, trains; a mistake of the user becomes one sentence and exit status 2."""
     command_line.refuse_arguments(argv)
-    joining = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
-    for flag in joining:
+    for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
         if flag.value is not None and not _DISTRIBUTED.value:
             raise app.UsageError(f"--{flag.name} means nothing without --distributed.")
     from pec_jax.config.schema import from_config_dict
@@ -56,13 +58,18 @@ def main(argv: list[str]) -> None:
         from_config_dict(_CONFIG.value)  # what it refuses need not wait for jax
         loggers.check(_LOG.value)
         from pec_jax import compilation
-        from pec_jax.distributed import processes as hosts
+        from pec_jax.distributed import joining
         from pec_jax.training import trainer as train
 
         if _DISTRIBUTED.value:
-            hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            joining.join(
+                _COORDINATOR.value,
+                _NUM_PROCESSES.value,
+                _PROCESS_ID.value,
+                timeout=_JOIN_TIMEOUT.value,
+            )
         else:
-            hosts.refuse_unjoined_process()
+            joining.refuse_unjoined_process()
         compilation.keep_programs()
         train.train(
             _CONFIG.value,

@@ -28,9 +28,14 @@ _USE_EMA = flags.DEFINE_bool(
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt to draw; repeat the flag for more.")
 _PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File of prompts, .txt or .jsonl, to draw after those of --prompt."
+    "prompts",
+    None,
+    "File of prompts, .txt or .jsonl, to draw after those of --prompt; a line of .jsonl may have a "
+    "negative_prompt of its own.",
 )
-_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "Prompt that guidance steers away from.")
+_NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", "", "Prompt that guidance steers away from, of prompts without their own."
+)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Number of images per prompt.", lower_bound=1)
 _HEIGHT = flags.DEFINE_integer(
     "height", 0, "Height in pixels; 0 is the model's own size.", lower_bound=0

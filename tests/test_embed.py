@@ -91,6 +91,12 @@ class TestClearErrors:
         with pytest.raises(WeightsError, match="choose another --out"):
             run(stored, sets=SETS[:1])
 
+    def test_a_directory_of_other_files_is_left_alone(self, tmp_path, monkeypatch):
+        (tmp_path / "thesis.txt").write_text("mine")
+        monkeypatch.setattr(embedding, "encoders_mark", None)  # refused before it reads a model
+        with pytest.raises(WeightsError, match=r"such as thesis\.txt"):
+            run(tmp_path)
+
     def test_a_damaged_part(self, stored, tmp_path):
         out = tmp_path / "damaged"
         run(out)

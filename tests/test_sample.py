@@ -79,6 +79,71 @@ def test_final_latents_are_those_of_diffusers(tmp_path, oracle, start, num_steps
     assert relative(found, expected) < 1e-3  # 28 guided steps amplify rounding
 
 
+def test_each_prompt_has_its_own_negative_as_in_diffusers(tmp_path, oracle, start):
+    latents, path = start
+    own = ("blue", "", None)
+    lines = [
+        {"prompt": p} | ({"negative_prompt": n} if n is not None else {})
+        for p, n in zip(PROMPTS, own)
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    request = sampling.Request(
+        model="shapes",
+        prompt_file=str(file),
+        negative_prompt="a green star",
+        num_images=1,
+        num_steps=5,
+        guidance=4.5,
+        init_latents=str(path),
+        batch_size=2,  # of which the last wraps around
+    )
+    sampling.run(request, tmp_path / "out")
+    found = np.load(tmp_path / "out" / "latents.npy")
+
+    def theirs(negatives):
+        return oracle(
+            list(PROMPTS),
+            negative_prompt=negatives,
+            latents=torch.from_numpy(latents),
+            num_inference_steps=5,
+            guidance_scale=4.5,
+            max_sequence_length=LENGTH,
+            output_type="latent",
+        ).images.numpy()
+
+    assert relative(found, theirs(["blue", "", "a green star"])) < 1e-3
+    assert relative(found, theirs(["", "", ""])) > 0.05  # they do matter
+    listed = [json.loads(x) for x in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
+    assert [line.get("negative_prompt") for line in listed] == list(own)
+
+
+def test_a_negative_prompt_without_effect_is_said(ours, caplog):
+    request = sampling.Request(
+        model="shapes",
+        prompts=("a thing",),
+        negative_prompt="blue",
+        num_images=1,
+        num_steps=1,
+        guidance=1.0,
+    )
+    with caplog.at_level("WARNING"):
+        sampling.draw(request, ours, ours.transformer_variables, np.zeros((1, 16, 16, 4)))
+    assert "Negative prompts change nothing: at --guidance=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ("a \udcff",)}, "the byte 0xFF"),
+        ({"prompts": ("a",), "negative_prompt": "\ud83d"}, "one half of a character"),
+    ],
+)
+def test_text_that_is_none_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.run(sampling.Request(model="/no/such", **changes), tmp_path)
+
+
 def test_text_embeddings_are_those_of_diffusers(oracle, ours):
     with torch.no_grad():
         tokens, _, pooled, _ = oracle.encode_prompt(

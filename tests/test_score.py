@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pec_jax.config import ConfigError
+from pec_jax.config import ConfigError, registry
 from pec_jax.config.schema import from_config_dict
 from pec_jax.distributed.mesh import active, make_mesh, put_replicated
 from pec_jax.errors import RunError
 from pec_jax.evaluation import scoring
 from pec_jax.inference import score
+from pec_jax.rewards import register
+from pec_jax.rewards.host import host_reward
 from pec_jax.training.build import EVAL_STREAM, build, stream_key
 from pec_jax.training.evaluator import Evaluator
 from pec_jax.training.metric_writer import save_png, to_picture
@@ -147,6 +149,18 @@ def test_one_name_with_two_models_has_two_columns(evaluated, tmp_path):
 def test_a_mistake_is_answered_with_its_flag(evaluated, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         score.run(request(evaluated[0], **changes), tmp_path)
+
+
+def test_a_judge_that_raises_is_told_by_name(evaluated, tmp_path, monkeypatch):
+    def judge(images, prompts):
+        raise LookupError("no key")
+
+    monkeypatch.setattr(
+        registry.REWARDS, "_entries", {name: registry.REWARDS[name] for name in registry.REWARDS}
+    )
+    register("broken")(lambda options, networks: host_reward("broken", judge))
+    with pytest.raises(RunError, match="the reward 'broken' failed on 4 images: LookupError"):
+        score.run(request(evaluated[0], rewards=("broken",), spaces=()), tmp_path)
 
 
 def test_the_command_answers_a_typo_within_a_sentence(tmp_path):

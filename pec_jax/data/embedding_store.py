@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ PART = 64  # prompts per file
 FIELDS = tuple(field.name for field in dataclasses.fields(Conditioning))
 INDEX = "index.json"
 _BLOCK = 1 << 22
+# What a store's directory holds, with the temporary files of an interrupted run.
+_OURS = re.compile(r"(index\.json|embeddings-\d{5,}\.safetensors)|\.(index|embeddings-\d{5,})\..*")
 
 
 def fingerprint(root: Path, parts: Iterable[str], settings: dict[str, Any]) -> str:
@@ -113,6 +116,18 @@ class EmbeddingStore:
         return {n: a if a.dtype == bool else a.astype(np.float32) for n, a in fields.items()}
 
 
+def refuse_other_files(directory: epath.Path) -> None:
+    """Raises WeightsError if a directory holds anything but a store, finished or not."""
+    if directory.exists() and not directory.is_dir():
+        raise WeightsError(f"{directory}: is a file; --out must be a directory")
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    if others := sorted(name for name in names if not _OURS.fullmatch(name)):
+        raise WeightsError(
+            f"{directory}: holds other files, such as {others[0]}, and embeddings are not written "
+            "among them; choose a new or empty directory as --out"
+        )
+
+
 def write_store(
     directory: str | os.PathLike[str],
     prompts: Sequence[str],
@@ -136,9 +151,11 @@ def write_store(
         How many parts were made now.
 
     Raises:
-        WeightsError: the directory holds other prompts or was made by other encoders.
+        WeightsError: the directory holds other prompts or other files, or was made by other
+            encoders.
     """
     root, prompts = io.path(directory), list(dict.fromkeys(prompts))
+    refuse_other_files(root)
     index = {"fingerprint": mark, "prompts": prompts}
     path = root / INDEX
     if path.exists() and read_json(path) != index:

@@ -13,7 +13,12 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from pec_jax.data.embedding_store import EmbeddingStore, fingerprint, write_store
+from pec_jax.data.embedding_store import (
+    EmbeddingStore,
+    fingerprint,
+    refuse_other_files,
+    write_store,
+)
 from pec_jax.data.embeddings import Embeddings, EmbeddingsInMemory
 from pec_jax.data.prompts import read_prompts
 from pec_jax.families.locate import pipeline_directory, prompt_files
@@ -39,6 +44,7 @@ def run(
     Raises:
       ValueError, OSError: sentences for a person.
     """
+    refuse_other_files(out)
     root = pipeline_directory(model, variant)
     files = [file for name in prompt_sets for file in prompt_files(name)]
     prompts = [p.text for file in files for p in read_prompts(file)]

@@ -1,8 +1,9 @@
 """Prompt files: reading, checking, and opening them as random-access sources.
 
 A prompt set is a file, either `.txt` with one prompt a line or `.jsonl` with one object a line,
-whose field "prompt" holds the text and whose other fields are metadata for rewards. `load_prompts`
-turns it, once, into an array_record data set under the cache directory and reads that.
+whose field "prompt" holds the text and whose other fields are metadata for rewards, and for the
+sampler "negative_prompt". `load_prompts` turns it, once, into an array_record data set under the
+cache directory and reads that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +24,9 @@ from pec_jax import io
 SUFFIXES = (".txt", ".jsonl")
 MAX_LINE_CHARS = 10_000
 MAX_PROMPTS = 10_000_000
-_FORMAT = b"1"  # of the prepared data set; part of its checksum
+NEGATIVE = "negative_prompt"  # the field of a line that the sampler reads
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_FORMAT = b"2"  # of the prepared data set; part of its checksum
 
 
 class PromptError(ValueError):
@@ -40,6 +44,11 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def negative(self) -> str | None:
+        """What guidance steers away from, where the prompt has its own."""
+        return self.metadata.get(NEGATIVE)
 
 
 class PromptSource(Sequence[Prompt]):
@@ -95,36 +104,46 @@ def check_file(path: str | os.PathLike) -> epath.Path:
 
 
 def _read_lines(path: epath.Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, stripped line) of those that are not blank."""
-    # A character takes at most four bytes, a line's end two, the byte order mark three.
-    limit = 4 * MAX_LINE_CHARS + 6
-    with io.local_copy(path).open("rb") as file:
+    """Yields (line number from 1, stripped line) of those that are not blank.
+
+    A line ends in LF, CR LF or CR.
+    """
+    limit = 4 * MAX_LINE_CHARS  # spaces around a line do not count
+    source = io.local_copy(path)
+    with source.open("rb") as file:
+        if other := io.other_encoding(file.read(io.TOLD_BYTES)):
+            raise PromptError(f"{path} is {other}, not UTF-8. {io.recode_advice(path, other)}")
+    # A byte that is not UTF-8 becomes a lone surrogate, which UTF-8 has not.
+    with source.open(encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
         number = 0
-        while raw := file.readline(limit):
+        while line := file.readline(limit):
             number += 1
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                if len(raw) < limit:
-                    raise PromptError(
-                        f"{path}, line {number}: byte {error.start + 1} is not UTF-8. "
-                        f"Convert the file, e.g. with iconv -f LATIN1 -t UTF-8."
-                    ) from error
-                line = ""  # cut inside a character, and too long in any case
-            line = line.strip()
-            if len(line) > MAX_LINE_CHARS or len(raw) == limit:
+            if found := _SURROGATE.search(line):
+                before = line[: found.start()].encode("utf-8")
+                raise PromptError(
+                    f"{path}, line {number}: byte {len(before) + 1} is not UTF-8. "
+                    f"{io.recode_advice(path)}"
+                )
+            stripped = line.strip()
+            if len(stripped) > MAX_LINE_CHARS or len(line) == limit:
                 raise PromptError(
                     f"{path}, line {number}: longer than {MAX_LINE_CHARS} characters. "
                     "Is it really one prompt a line?"
                 )
-            if line:
-                yield number, line
+            if "\0" in stripped:
+                raise PromptError(
+                    f"{path}, line {number}: holds a zero byte, which no text does. "
+                    "Is it really a text file?"
+                )
+            if stripped:
+                yield number, stripped
 
 
 def _parse_json(line: str) -> Prompt:
     """Reads one line of a .jsonl file; a ValueError says what is wrong with it."""
     try:
         record = json.loads(line)
+        check_text(json.dumps(record, ensure_ascii=False))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(record, dict):
@@ -132,7 +151,21 @@ def _parse_json(line: str) -> Prompt:
     text = record.pop("prompt", None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError('the field "prompt" must be there and hold a text')
+    if not isinstance(record.get(NEGATIVE, ""), str):
+        raise ValueError(f'the field "{NEGATIVE}" must hold a text')
     return Prompt(text.strip(), record)
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for a half of a character, which no file and no tokenizer can hold."""
+    if found := _SURROGATE.search(text):
+        code = ord(found[0])
+        if 0xDC80 <= code <= 0xDCFF:  # so Python hands on bytes of a command line
+            raise ValueError(f"the byte 0x{code - 0xDC00:02X} in {text!a} is not UTF-8")
+        raise ValueError(
+            f"\\u{code:04x} is one half of a character (a lone surrogate); characters beyond "
+            "\\uffff are written as two such halves, or as they are"
+        )
 
 
 def read_prompts(path: str | os.PathLike) -> Iterator[Prompt]:
@@ -146,7 +179,8 @@ def read_prompts(path: str | os.PathLike) -> Iterator[Prompt]:
 
     Raises:
       PromptError: the file is missing, of another kind, empty, not UTF-8, too long (10 M prompts),
-        or one of its lines is too long (10 000 characters) or not a JSON object with a "prompt".
+        or one of its lines is too long (10 000 characters), no text, or not a JSON object with a
+        "prompt".
     """
     file = check_file(path)
     count = 0

@@ -1,4 +1,4 @@
-"""Several processes that train together: joining, who writes, agreeing, stopping.
+"""Several processes that train together: who writes, agreeing, stopping.
 
 Everything here is also right for one process, where it does next to nothing.
 """
@@ -6,9 +6,8 @@ Everything here is also right for one process, where it does next to nothing.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,64 +17,6 @@ from jax.experimental import multihost_utils
 
 from pec_jax.errors import RunError
 from pec_jax.types import PyTree
-
-START_TIMEOUT_SECONDS = 300  # the last host of a pod may install for minutes
-
-
-def join(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
-    """Joins the processes of a run; before anything else touches a device.
-
-    Args:
-      coordinator: host:port of process 0; None where JAX finds all three itself (TPU pods, Slurm,
-        MPI, Kubernetes).
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-
-    Raises:
-      RunError: the others were not found; a run on one host alone would be another experiment.
-    """
-    try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=START_TIMEOUT_SECONDS
-        )
-    except (RuntimeError, ValueError) as error:
-        given = f"{coordinator=}, {num_processes=}, {process_id=}".replace("=None", " found by JAX")
-        raise RunError(
-            f"could not join the other processes ({given}): {_first_line(error)} "
-            "Start all of them within five minutes with the same --coordinator, a port of process "
-            "0 that the others reach, the same --num_processes and each its own --process_id."
-        ) from None
-    logging.info(
-        "Process %d of %d; %d of %d devices are here.",
-        jax.process_index(),
-        jax.process_count(),
-        jax.local_device_count(),
-        jax.device_count(),
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."
-
-
-def refuse_unjoined_process(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises RunError on one of several hosts whose run does not join the others."""
-    workers = environment.get("TPU_WORKER_HOSTNAMES", "")
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
-    # Off a TPU, libtpu may leave a sentence of warning where the names should be.
-    several = "," in workers and " " not in workers.strip()
-    if several:
-        reason = f"TPU_WORKER_HOSTNAMES names {workers.count(',') + 1} hosts"
-    elif tasks.isdecimal() and int(tasks) > 1:
-        reason = f"SLURM_STEP_NUM_TASKS={tasks}"
-    else:
-        return
-    raise RunError(
-        f"this is one of several processes ({reason}), each of which would train alone: add "
-        "--distributed, or start a single one."
-    )
 
 
 def is_primary() -> bool:

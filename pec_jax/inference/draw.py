@@ -16,7 +16,7 @@ from etils import epath
 from tqdm import tqdm
 
 from pec_jax import io
-from pec_jax.data.prompts import Prompt, read_prompts
+from pec_jax.data.prompts import Prompt, check_text, read_prompts
 from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.families.pipeline import load_pipeline
@@ -37,7 +37,7 @@ class Request:
     prompt_file: str | None = None
     lora: str | None = None
     use_ema: bool = True
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # for prompts that have none of their own
     num_images: int = 4
     height: int = 0
     width: int = 0
@@ -59,10 +59,13 @@ def run(request: Request, out: epath.Path) -> None:
     Raises:
       ValueError, RunError, OSError: sentences for a person.
     """
+    for text in (*request.prompts, request.negative_prompt):
+        check_text(text)
     prompts = [Prompt(text) for text in request.prompts]
     if request.prompt_file:
         prompts += read_prompts(request.prompt_file)
     request = dataclasses.replace(request, prompts=tuple(p.text for p in prompts))
+    negatives = [request.negative_prompt if p.negative is None else p.negative for p in prompts]
     out.mkdir(parents=True, exist_ok=True)
     root = pipeline_directory(request.model, request.variant)
     learned = open_learned(request.lora, root) if request.lora else None
@@ -81,7 +84,7 @@ def run(request: Request, out: epath.Path) -> None:
     variables = pipeline.transformer_variables
     if learned is not None:
         variables = learned.variables(pipeline, use_ema=request.use_ema)
-    latents, images = draw(request, pipeline, variables, noise)
+    latents, images = draw(request, pipeline, variables, noise, negatives)
     save(out, prompts, latents, images)
     logging.info("%d images of %d prompts: %s", count, len(request.prompts), out)
 
@@ -120,13 +123,30 @@ def initial_latents(request: Request, count: int, shape: tuple[int, ...]) -> Arr
 
 
 def draw(
-    request: Request, pipeline: Pipeline, variables: PyTree, noise: Array
+    request: Request,
+    pipeline: Pipeline,
+    variables: PyTree,
+    noise: Array,
+    negatives: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1]."""
+    """Draws the images of a request's prompts.
+
+    Args:
+      request: what to draw.
+      pipeline: with its text encoders.
+      variables: of its transformer.
+      noise: [N, h, w, C], the images of a prompt one after the other.
+      negatives: each prompt's negative prompt; the request's if there are none.
+
+    Returns:
+      Latents [N, h, w, C] as the sampler leaves them, and images [N, H, W, 3] in [0, 1].
+    """
     prompt_of = np.repeat(np.arange(len(request.prompts)), request.num_images)  # [N]
     assert pipeline.text is not None  # `run` loads it
-    encoded = pipeline.text.encode([*request.prompts, request.negative_prompt])
-    negative = jax.tree.map(lambda a: a[-1:], encoded)
+    texts = [*request.prompts, *(negatives or [request.negative_prompt] * len(request.prompts))]
+    unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    encoded = pipeline.text.encode(list(unique))
+    rows_of = np.array([unique[text] for text in texts]).reshape(2, -1)[:, prompt_of]  # [2, N]
     stochastic = request.sampler != "ode"
     sampler = FlowSampler(
         pipeline.sigmas(request.num_steps, noise.shape[1:]),
@@ -137,11 +157,13 @@ def draw(
     guidance = request.guidance
     if guidance is None:
         guidance = pipeline.default_guidance
-    velocity = pipeline.guide(guidance, negative)
+    if any(texts[len(request.prompts) :]):
+        _warn_of_unused_negatives(pipeline, guidance)
 
     @jax.jit
-    def draw_batch(variables, vae, x_1: Array, conditioning: Conditioning, key: Array):
-        latents = sampler.final(lambda x, s: velocity(variables, x, s, conditioning), x_1, key)
+    def draw_batch(variables, vae, x_1: Array, text: Conditioning, other: Conditioning, key: Array):
+        velocity = pipeline.guide(guidance, other)
+        latents = sampler.final(lambda x, s: velocity(variables, x, s, text), x_1, key)
         return latents, pipeline.decode(vae, latents)
 
     variables, vae = jax.device_put((variables, pipeline.vae_variables))
@@ -149,11 +171,21 @@ def draw(
     batches = []
     for start in tqdm(range(0, len(prompt_of), size), unit="batch", desc="sampling"):
         rows = np.arange(start, start + size) % len(prompt_of)  # the last batch wraps around
-        conditioning = jax.tree.map(lambda a: a[prompt_of[rows]], encoded)  # noqa: B023
+        texts_now = (jax.tree.map(lambda a: a[of[rows]], encoded) for of in rows_of)  # noqa: B023
         key = jax.random.fold_in(jax.random.key(request.seed + 1), start)
-        batches.append(jax.device_get(draw_batch(variables, vae, noise[rows], conditioning, key)))
+        batches.append(jax.device_get(draw_batch(variables, vae, noise[rows], *texts_now, key)))
     latents, images = (np.concatenate(parts)[: len(prompt_of)] for parts in zip(*batches))
     return latents, images
+
+
+def _warn_of_unused_negatives(pipeline: Pipeline, guidance: float) -> None:
+    if pipeline.embeds_guidance:
+        reason = "this model was distilled with guidance and takes none"
+    elif guidance == 1:
+        reason = "at --guidance=1 there is no guidance"
+    else:
+        return
+    logging.warning("Negative prompts change nothing: %s.", reason)
 
 
 def save(

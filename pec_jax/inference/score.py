@@ -16,6 +16,7 @@ from pec_jax.evaluation.image_sets import ImageSet, read_image_set
 from pec_jax.evaluation.judge_specs import Spec, parse_specs
 from pec_jax.families.locate import pipeline_directory
 from pec_jax.perception.networks import Networks
+from pec_jax.rewards.asking import told_by_name
 from pec_jax.weights.hub import model_path
 
 NOWHERE = Path("no-pipeline")
@@ -64,9 +65,10 @@ def run(request: Request, out: Path) -> dict[str, float]:
     )
     logging.info("Loading %d rewards and encoders ...", len(rewards) + len(spaces))
     judges = scoring.load_judges(rewards, spaces, networks)
-    scores = scoring.score_images(
-        image_set, judges, request.batch_size, out, _plan(request, image_set)
-    )
+    with told_by_name():
+        scores = scoring.score_images(
+            image_set, judges, request.batch_size, out, _plan(request, image_set)
+        )
     numbers = score_tables.write(image_set, scores, out)
     scoring.finish(out)
     logging.info("%d images: %s", len(image_set), out / "summary.md")

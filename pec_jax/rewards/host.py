@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from pec_jax.config import ConfigError
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed.mesh import on_shards
 from pec_jax.perception.preprocessing import to_uint8_levels
+from pec_jax.rewards.asking import TIMEOUT_SECONDS, ask
 from pec_jax.rewards.base import Job, Reward
 from pec_jax.types import PyTree
 
@@ -47,7 +49,9 @@ def decode_prompts(rows: np.ndarray) -> list[Prompt]:
     return [Prompt(*json.loads(text)) for text in texts]
 
 
-def host_reward(name: str, function: HostFunction) -> Reward:
+def host_reward(
+    name: str, function: HostFunction, *, timeout: float | None = TIMEOUT_SECONDS
+) -> Reward:
     """Wraps a function that runs on the host as a reward.
 
     Where the groups of an iteration are split over devices, the function is called once for each
@@ -59,35 +63,34 @@ def host_reward(name: str, function: HostFunction) -> Reward:
         function: (images [N, H, W, 3] uint8, list of N prompts) -> [N] numbers, nan for an image
             that could not be judged; called once for every batch of groups, and expected to give
             the same answer to the same question.
+        timeout: seconds that one call may take; None is without end, for a function that keeps a
+            time itself.
 
     Returns:
-        A Reward whose `score` may be jitted. If the function raises, or returns something that is
-        not N numbers, the step fails with that message. It raises ConfigError when traced for a
-        mesh of CPU devices that has no thread to spare for the callbacks.
+        A Reward whose `score` may be jitted. If the function raises, takes too long, or returns
+        something that is not N numbers, the step fails: inside `asking.told_by_name` with a
+        JudgeError, elsewhere with JAX's error around its text. It raises ConfigError when traced
+        for a mesh of CPU devices that has no thread to spare for the callbacks.
     """
 
     def judge(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         groups, size = images.shape[:2]
         flat = images.reshape(-1, *images.shape[2:])
-        scores = np.asarray(function(flat, decode_prompts(np.repeat(rows, size, axis=0))))
-        if scores.shape != flat.shape[:1] or scores.dtype.kind not in "biuf":
-            raise ValueError(
-                f"The reward {name!r} must return one number for each of the {len(flat)} "
-                f"images; it returned an array of shape {scores.shape} and type {scores.dtype}."
-            )
+        prompts = decode_prompts(np.repeat(rows, size, axis=0))
+        scores = ask(name, function, (flat, prompts), timeout)
         return scores.astype(np.float32).reshape(groups, size)
 
     def call(images: Array, rows: Array) -> np.ndarray:
         # JAX arrays, on which NumPy would run JAX's functions; those may wait for this very step.
         return judge(np.asarray(images), np.asarray(rows))
 
-    def ask(levels: Array, rows: Array) -> Array:
+    def called(levels: Array, rows: Array) -> Array:
         _check_threads(name, levels.size)
         result = jax.ShapeDtypeStruct(levels.shape[:2], jnp.float32)
         return jax.pure_callback(call, result, levels, rows, vmap_method="sequential")
 
     def score(variables: PyTree, images: Array, rows: Array) -> Array:
-        scores = on_shards(ask, ("batch",), _levels(images), rows)
+        scores = on_shards(called, ("batch",), _levels(images), rows)
         return jnp.where(_is_whole(images), scores, jnp.nan)
 
     return Reward(
@@ -107,8 +110,9 @@ class Desk:
     def __init__(self, judge: Callable[[np.ndarray, np.ndarray], np.ndarray]):
         """`judge`: (images [P, K, H, W, 3] uint8, rows [P, B]) -> scores [P, K]."""
         self._judge = judge
-        self._worker: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._waiting: deque[tuple[Future[np.ndarray], np.ndarray, np.ndarray]] = deque()
+        self._busy = False
         self._next = 0
         self._open: dict[int, tuple[Future[np.ndarray], int]] = {}  # ticket -> answer, position
 
@@ -117,9 +121,11 @@ class Desk:
         pictures, texts = np.asarray(images), np.asarray(rows)
         count = pictures.shape[0] * pictures.shape[1]
         with self._lock:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="judge")
-            answer = self._worker.submit(self._judge, pictures, texts)
+            answer: Future[np.ndarray] = Future()
+            self._waiting.append((answer, pictures, texts))
+            if not self._busy:  # a daemon: the end of the program does not wait for a judge
+                self._busy = True
+                threading.Thread(target=self._work, name="desk", daemon=True).start()
             if self._next + count > MAX_TICKET:
                 self._next = 0
             tickets = np.arange(self._next, self._next + count, dtype=np.int32)
@@ -133,19 +139,42 @@ class Desk:
         known = np.where(numbers < 0, ~numbers, numbers)
         with self._lock:
             found = [self._open.pop(int(ticket)) for ticket in known.ravel()]
-        scores = [answer.result().ravel()[i] for answer, i in found]
+        try:
+            scores = [answer.result().ravel()[i] for answer, i in found]
+        except Exception as error:
+            self._give_up(error)
+            raise
         judged = np.asarray(scores, np.float32).reshape(numbers.shape)
         return np.where(numbers < 0, np.float32(np.nan), judged)
 
+    def _give_up(self, error: Exception) -> None:
+        """The program that asked has failed: what waits for it need not be judged any more."""
+        with self._lock:
+            while self._waiting:
+                self._waiting.popleft()[0].set_exception(error)
+
+    def _work(self) -> None:
+        """Judges what waits, in order, until nothing does."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._busy = False
+                    return
+                answer, pictures, texts = self._waiting.popleft()
+            try:
+                answer.set_result(self._judge(pictures, texts))
+            except BaseException as error:
+                answer.set_exception(error)
+
 
 def _job(name: str, desk: Desk) -> Job:
-    def ask(levels: Array, rows: Array) -> Array:
+    def handed_in(levels: Array, rows: Array) -> Array:
         _check_threads(name, levels.size)
         result = jax.ShapeDtypeStruct(levels.shape[:2], jnp.int32)
         return io_callback(desk.hand_in, result, levels, rows)
 
     def start(images: Array, rows: Array) -> Array:
-        tickets = on_shards(ask, ("batch",), _levels(images), rows)
+        tickets = on_shards(handed_in, ("batch",), _levels(images), rows)
         return jnp.where(_is_whole(images), tickets, ~tickets)
 
     def wait(tickets: Array) -> Array:

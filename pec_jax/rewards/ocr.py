@@ -49,7 +49,7 @@ def make(options: OcrOptions, networks: Networks) -> Reward:
         return scores(readers.read(images), prompts)
 
     return dataclasses.replace(
-        host_reward("ocr", judge),
+        host_reward("ocr", judge, timeout=None),  # its readers have one
         prepare=prepare,
         input_shapes=lambda n: encode_prompts([Prompt('a sign that says "Hello World"')] * n),
     )

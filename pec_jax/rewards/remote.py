@@ -206,7 +206,8 @@ def _server_reward(
         # A step can be compiled without a server; the length of prompts is that of no real set.
         return jax.ShapeDtypeStruct(encode_prompts([Prompt("a cat")] * count).shape, np.uint8)
 
-    return dataclasses.replace(host_reward(name, judge), prepare=prepare, input_shapes=input_shapes)
+    reward = host_reward(name, judge, timeout=None)  # its requests have one each
+    return dataclasses.replace(reward, prepare=prepare, input_shapes=input_shapes)
 
 
 def _options(name: str, options: ServerOptions) -> client.Options:

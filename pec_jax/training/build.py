@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import traverse_util
 from jaxtyping import Array
 
@@ -21,7 +22,7 @@ from pec_jax.config.registry import ENCODERS
 from pec_jax.config.schema import SamplerConfig
 from pec_jax.data import encode_prompts
 from pec_jax.data.embeddings import Embeddings, PromptTable
-from pec_jax.data.prompts import Prompt, load_prompts
+from pec_jax.data.prompts import NEGATIVE, Prompt, check_text, load_prompts
 from pec_jax.distributed.mesh import Placement
 from pec_jax.families.base import Pipeline
 from pec_jax.families.locate import pipeline_directory, prompt_file, transformer_path
@@ -158,11 +159,20 @@ def check(config: Config) -> None:
 
 def load_prompt_sets(config: Config) -> dict[str, list[Prompt]]:
     """The prompts to train on, to evaluate on, and of the sample grids."""
+    for text in config.prompts.samples:
+        check_text(text)
     heldout = list(load_prompts(prompt_file(config.prompts.heldout, "test")))
     heldout = heldout[: config.eval.num_prompts or None]
     sampled = [Prompt(text, {}) for text in config.prompts.samples] or heldout
+    train = list(load_prompts(prompt_file(config.prompts.train)))
+    for name, prompts in (("train", train), ("heldout", heldout)):
+        if count := sum(bool(prompt.negative) for prompt in prompts):
+            logging.warning(
+                f"{count} of {len(prompts)} prompts of config.prompts.{name} have a {NEGATIVE}, "
+                "which is not used: guidance steers away from the empty prompt here."
+            )
     return {
-        "train": list(load_prompts(prompt_file(config.prompts.train))),
+        "train": train,
         "heldout": heldout,
         "samples": sampled[: config.eval.sample_rows],
     }

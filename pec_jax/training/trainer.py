@@ -28,6 +28,7 @@ from pec_jax.errors import RunError
 from pec_jax.evaluation.fit import exponential_fit
 from pec_jax.evaluation.metrics import Moments
 from pec_jax.evaluation.steps import read_steps
+from pec_jax.rewards.asking import told_by_name
 from pec_jax.rl.composition import States
 from pec_jax.rl.train_step import base_entropy, train_step
 from pec_jax.training import base_cache, base_evaluation, loggers, record
@@ -80,7 +81,7 @@ def train(
         logging.info("Loading models and encoding prompts ...")
         experiment = build(config, mesh_lib.placement(mesh, config))
         run = _Run(experiment, directory, mesh, log)
-        with mesh_lib.active(mesh, config), processes.stop_requests() as stop:
+        with mesh_lib.active(mesh, config), processes.stop_requests() as stop, told_by_name():
             return run.loop(stop)
 
 

@@ -48,3 +48,24 @@ def test_a_file_without_tokens_is_damaged(tmp_path):
     write_tensors(tmp_path, {"pooled": POOLED}, "embeddings-00000")
     with pytest.raises(WeightsError, match=r"00000\.safetensors: damaged"):
         EmbeddingStore(tmp_path).gather(np.array([1]))
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "model.safetensors", "embeddings-x.safetensors"])
+def test_nothing_is_written_among_other_files(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(WeightsError, match=f"holds other files, such as {name}"):
+        write_store(tmp_path, PROMPTS, "mark", lambda prompts: Conditioning(TOKENS))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(WeightsError, match="is a file; --out must be a directory"):
+        write_store(tmp_path / "out", PROMPTS, "mark", lambda prompts: Conditioning(TOKENS))
+
+
+def test_what_an_interrupted_run_left_is_not_in_the_way(tmp_path):
+    (tmp_path / ".embeddings-00000.safetensors.x1y2").write_bytes(b"half")
+    (tmp_path / ".index.json.a_b").write_bytes(b"")
+    write_store(tmp_path, PROMPTS, "mark", lambda prompts: Conditioning(TOKENS))
+    assert len(EmbeddingStore(tmp_path)) == 3

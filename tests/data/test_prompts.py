@@ -67,6 +67,28 @@ def test_text_lines(tmp_path, cache):
     ]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_ends_of_lines(tmp_path, cache, end):
+    lines = ["a red circle", "", "a star", "ein Bär"]
+    expected = [line for line in lines if line]
+    text = write(tmp_path / "p.txt", end.join(lines))
+    assert [p.text for p in load_prompts(text, cache)] == expected
+    objects = write(tmp_path / "p.jsonl", end.join(json.dumps({"prompt": t}) for t in expected))
+    assert [p.text for p in load_prompts(objects, cache)] == expected
+
+
+def test_a_prompt_may_have_its_own_negative(tmp_path, cache):
+    path = write(
+        tmp_path / "p.jsonl",
+        '{"prompt": "a", "negative_prompt": "blue"}\n{"prompt": "b", "negative_prompt": ""}\n'
+        '{"prompt": "c \\ud83d\\ude00"}',
+    )
+    source = load_prompts(path, cache)
+    assert [p.negative for p in source] == ["blue", "", None]
+    assert source[2].text == "c \U0001f600"
+    assert source[0].metadata == {"negative_prompt": "blue"}  # kept, for what is written of it
+
+
 def test_random_access(tmp_path, cache):
     source = load_prompts(write(tmp_path / "p.txt", "a\nb\nc\n"), cache)
     assert source[-1] == Prompt("c")
@@ -104,7 +126,13 @@ def test_same_content_as_another_kind_is_another_set(tmp_path):
         ("p.txt", b"\n  \n", "is empty"),
         ("p.jsonl", b"\n", "is empty"),
         ("p.txt", b"fine\ncaf\xe9\n", "line 2: byte 4 is not UTF-8"),
-        ("p.txt", "fine".encode("utf-16"), "line 1: byte 1 is not UTF-8"),
+        ("p.txt", b"caf\xe9\n", "line 1: byte 4 is not UTF-8. .*iconv -f CP1252 -t UTF-8 p.txt"),
+        ("p.txt", "fine".encode("utf-16"), "is UTF-16, .*iconv -f UTF-16 -t UTF-8 p.txt"),
+        ("p.txt", b"\xfe\xff" + "fine".encode("utf-16-be"), "iconv -f UTF-16 -t UTF-8"),
+        ("p.txt", "fine".encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),
+        ("p.jsonl", '{"prompt": "ä"}'.encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8 p.jsonl"),
+        ("p.txt", "fine".encode("utf-32"), "iconv -f UTF-32 -t UTF-8"),
+        ("p.txt", b"fine\nb\0d\n", "line 2: holds a zero byte"),
         ("p.txt", b"fine\n\n" + b"x" * 10_001 + b"\n", "line 3: longer than 10000"),
         ("p.txt", b"x" * 200_000, "line 1: longer than 10000"),
         ("p.txt", "ä€".encode() * 30_000, "line 1: longer than 10000"),
@@ -114,6 +142,11 @@ def test_same_content_as_another_kind_is_another_set(tmp_path):
         ("p.jsonl", b'{"text": "a"}', 'line 1: the field "prompt"'),
         ("p.jsonl", b'{"prompt": 3}', 'line 1: the field "prompt"'),
         ("p.jsonl", b'{"prompt": " "}', 'line 1: the field "prompt"'),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "a \\ud83d b"}', r"line 2: \\ud83d is one half"),
+        ("p.jsonl", b'{"prompt": "a", "note": ["\\udc00"]}', r"line 1: \\udc00 is one half"),
+        ("p.jsonl", b'{"prompt": "a", "\\udfff": 1}', r"line 1: \\udfff is one half"),
+        ("p.jsonl", b'{"prompt": "a \xed\xa0\xbd"}', "line 1: byte 15 is not UTF-8"),
+        ("p.jsonl", b'{"prompt": "a", "negative_prompt": 3}', 'the field "negative_prompt"'),
         ("p.csv", b"a", "must end in .txt or .jsonl"),
     ],
 )

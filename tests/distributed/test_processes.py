@@ -17,8 +17,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from pec_jax.config.registry import REWARDS
-from pec_jax.distributed import processes as hosts
-from pec_jax.errors import RunError
 from pec_jax.inference import export as exporting
 from tests.conftest import EXHAUSTIVE
 
@@ -175,34 +173,6 @@ def test_a_sigterm_to_one_stops_and_saves_all_and_another_number_resumes(tmp_pat
     found = steps(workdir)
     assert [line["step"] for line in found] == list(range(1, saved + 2))
     assert_same(found[:2], steps(alone)[:2])
-
-
-def test_one_of_several_hosts_does_not_run_alone():
-    with pytest.raises(RunError, match="add --distributed"):
-        hosts.refuse_unjoined_process({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"})
-    with pytest.raises(RunError, match="SLURM_STEP_NUM_TASKS=2"):
-        hosts.refuse_unjoined_process({"SLURM_STEP_NUM_TASKS": "2"})
-    hosts.refuse_unjoined_process(
-        {"TPU_WORKER_HOSTNAMES": "localhost", "SLURM_STEP_NUM_TASKS": "1"}
-    )
-    hosts.refuse_unjoined_process({})
-
-
-def test_who_cannot_join_the_others_says_so():
-    code = (
-        "from pec_jax.distributed import processes as hosts; hosts.START_TIMEOUT_SECONDS = 2\n"
-        "from pec_jax.errors import exit_on_user_error\n"
-        "with exit_on_user_error():\n    hosts.join('localhost:1', 2, 1)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode != 0
 
 
 def test_a_start_that_the_first_process_refuses_ends_all_of_them(tmp_path):

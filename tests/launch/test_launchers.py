@@ -328,7 +328,9 @@ def start_local(tmp_path, scripts):
         f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import local\n"
         f"sys.exit(local.run([[sys.executable, '-c', s] for s in {scripts!r}]))\n"
     )
-    return subprocess.Popen([sys.executable, go], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, go], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_local_prefixes_and_succeeds(tmp_path):
@@ -344,6 +346,28 @@ def test_local_stops_the_others_when_one_fails(tmp_path):
     process = start_local(tmp_path, ["import time; time.sleep(60)", "import sys; sys.exit(3)"])
     process.communicate(timeout=20)
     assert process.returncode == 3 and time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "sentence"),
+    [
+        ("sys.exit(3)", 3, "process 1 ended with status 3; its last lines say why."),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            137,
+            "process 1 was killed by SIGKILL (status 137), as the system does when memory runs "
+            "out.",
+        ),
+        ("os.kill(os.getpid(), 11)", 139, "process 1 was killed by SIGSEGV (status 139)."),
+        ("os.kill(os.getpid(), 40)", 168, "process 1 was killed by signal 40 (status 168)."),
+    ],
+)
+def test_local_says_which_one_failed(tmp_path, end, status, sentence):
+    script = f"import os, signal, sys; {end}"
+    process = start_local(tmp_path, ["import time; time.sleep(60)", script])
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert error == f"Error: {sentence} The others are stopped.\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -371,8 +395,8 @@ def test_local_kills_at_the_second_signal(tmp_path):
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGKILL
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL and not error
 
 
 def test_local_starts_main():

@@ -259,6 +259,36 @@ def test_a_run_that_only_meets_nans_stops_with_its_checkpoint_in_place(tmp_path)
     assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
 
 
+def test_a_judge_that_raises_stops_a_run_by_name_and_it_goes_on(tmp_path, monkeypatch):
+    """In the base evaluation, and in the second iteration."""
+    monkeypatch.setattr(REWARDS, "_entries", {name: REWARDS[name] for name in REWARDS})
+    calls, at = [], {1}
+
+    def judge(images, prompts):
+        calls.append(len(images))
+        if len(calls) in at:
+            raise LookupError("no key")
+        return images.mean((1, 2, 3)) / 255
+
+    register("broken")(lambda options, networks: host_reward("broken", judge))
+    config = small_config_dict()
+    config.rewards = {**config.rewards.to_dict(), "broken": {"weight": 1.0}}
+    config.rewards.pickscore.weight = 0.0
+    config.num_iterations = 2
+    config.schedule.update({"checkpoint_every": 1, "eval_every": 0, "sample_every": 0})
+    message = r"the reward 'broken' failed on \d+ images: LookupError: no key \(.*test_trainer.py"
+    with pytest.raises(RunError, match=message):
+        train_lib.train(config, tmp_path)
+    assert not (tmp_path / "eval_base.json").exists()
+    calls.clear()
+    at = {4}  # 1 and 2 evaluate the base model
+    with pytest.raises(RunError, match=message):
+        train_lib.train(config, tmp_path)
+    at = set()
+    assert train_lib.train(config, tmp_path)["iterations"] == 2
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
 def test_a_judge_that_fails_is_left_out_and_stops_a_run_that_it_fails_too_often(
     tmp_path, monkeypatch, caplog
 ):
