@@ -73,7 +73,8 @@ def test_help_is_complete_and_at_once(command):
     assert code == 0 and error == ""
     assert ("Fields, each set by --config.FIELD=VALUE" in out) == with_fields
     source = (ROOT / "pec_jax" / f"{command}.py").read_text()
-    defined = re.findall(r'(?:DEFINE_\w+|required_string)\(\s*"(\w+)"', source)
+    defined = re.findall(r'(?:DEFINE_\w+|required_string|bounded_float)\(\s*"(\w+)"', source)
+    defined += ["seed"] if "define_seed" in source else []
     defined += ["config", "plugin"] if "define_config" in source else []
     assert defined
     for flag in defined:

@@ -125,6 +125,9 @@ def program(command: Sequence[str]) -> tuple[Path, list[str]]:
     return path / "__main__.py" if path.is_dir() else path.with_suffix(".py"), list(command[3:])
 
 
+DEFINERS = ("required_string", "bounded_float", "add_argument")
+
+
 @functools.cache
 def flags_of(path: Path) -> frozenset[str]:
     """The flags that a program defines, read from its source, since absl would mix them up."""
@@ -139,7 +142,9 @@ def flags_of(path: Path) -> frozenset[str]:
         function = ast.unparse(node.func).rpartition(".")[2]
         if function in ("define_config", "define_plugin"):
             found |= {"config", "plugin"} if function == "define_config" else {"plugin"}
-        elif function.startswith("DEFINE_") or function in ("required_string", "add_argument"):
+        elif function == "define_seed":
+            found |= {"seed"}
+        elif function.startswith("DEFINE_") or function in DEFINERS:
             name = ast.literal_eval(node.args[0]).lstrip("-")
             found |= {name, f"no{name}"} if function == "DEFINE_bool" else {name}
     return frozenset(found)
