@@ -8,10 +8,13 @@ import importlib.util
 import logging as std_logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import logging
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def quiet_libraries() -> None:
@@ -27,7 +30,8 @@ def quiet_libraries() -> None:
     here = str(Path(__file__).parent)
 
     def ours(record: std_logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], RunError):
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, RunError) or is_disk_full(error):
             return logging.get_verbosity() >= logging.DEBUG  # it comes here, as a sentence
         return record.levelno >= std_logging.WARNING or record.pathname.startswith(here)
 
@@ -35,6 +39,19 @@ def quiet_libraries() -> None:
     logging.get_absl_handler().python_handler.setFormatter(
         std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     )
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+
+
+def _without_closed_loops(hook: Callable[..., object]) -> Callable[..., object]:
+    """Of a write that failed, tensorstore says that nobody waits for its other writes any more."""
+
+    def shown(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not late or logging.get_verbosity() >= logging.DEBUG:
+            hook(unraisable)
+
+    return shown
 
 
 def has_tpu(root: Path = Path("/")) -> bool:
@@ -71,7 +88,8 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        mendable = isinstance(error, ValueError | OSError | RunError) or _is_of_storage(error)
+        mendable = isinstance(error, ValueError | OSError | RunError)
+        mendable = mendable or _is_of_storage(error) or is_disk_full(error)
         if not mendable or logging.get_verbosity() >= logging.DEBUG:
             raise
         sys.exit(report(_sentence(error)))
@@ -83,6 +101,17 @@ def report(sentence: str) -> int:
     return 2
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, says that a disk or a quota has no room."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(os.strerror(number) in str(error) for number in _FULL):  # of native code
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _is_of_storage(error: Exception) -> bool:
     """Whether tensorflow raised it, which is here for files on gs:// alone."""
     return any(kind.__module__.startswith("tensorflow.") for kind in type(error).__mro__)
@@ -92,8 +121,11 @@ def _sentence(error: Exception) -> str:
     if _is_of_storage(error):
         reason = (str(error) or type(error).__name__).splitlines()[0][:300].rstrip(".")
         return f"the bucket cannot be used: {reason}. Check its name, and `gcloud auth login`."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full ({error.filename or 'while writing'}): free space and run again."
+    if isinstance(error, RunError | FileError):
+        return str(error)
+    if is_disk_full(error):
+        where = getattr(error, "filename", None) or "while writing"
+        return f"the disk is full ({where}): free space and run again."
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"cannot write or read {error.filename}: {error.strerror}. Choose another directory."
     return str(error)

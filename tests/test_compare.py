@@ -226,6 +226,23 @@ def test_the_command(tmp_path):
     assert command(f"--table={path}").returncode != 0
 
 
+def test_the_command_on_labels_that_are_more_than_text(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(
+        'method,quality/a,diversity/b\n"$\\frac{1}{$",1,2\n<script>,2,1\n"a|\nb",3,3\n=cmd,1,1\n'
+    )
+    done = command(f"--table={path}", f"--out={tmp_path / 'out'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "<script>" not in text and r"| a\| b |" in text
+    assert {line.count("|") - line.count(r"\|") for line in text.splitlines()[:6]} == {10}
+    assert "\n'=cmd," in (tmp_path / "out" / "table.csv").read_text()
+    assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
+    path.write_text("method,quality/a,diversity/b\nx,1,1e308\n")
+    wrong = command(f"--table={path}", f"--out={tmp_path / 'out'}")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
 def test_the_command_does_not_wait_for_jax():
     code = "import sys; from pec_jax.evaluation import comparison; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from pec_jax import io
 from pec_jax.evaluation import figures, table
+from pec_jax.evaluation.csv_rows import rows_from_csv
 from pec_jax.evaluation.report import write_report
 from pec_jax.evaluation.run_table import BASE, Run, find_runs, rows_of_runs
 from pec_jax.evaluation.steps import read_steps
@@ -17,15 +18,15 @@ from pec_jax.evaluation.table import Row
 
 
 def compare_csv(path: epath.Path, out: epath.Path) -> list[Row]:
-    """Table and quality-diversity figure of a csv; see `table.rows_from_csv`.
+    """Table and quality-diversity figure of a csv; see `csv_rows.rows_from_csv`.
 
     Returns:
         The normalised rows.
 
     Raises:
-        RunError: as `table.rows_from_csv` and `table.normalise`.
+        RunError: as `csv_rows.rows_from_csv` and `table.normalise`.
     """
-    rows = table.normalise(table.rows_from_csv(path))
+    rows = table.normalise(rows_from_csv(path))
     drawn = {"quality_diversity": figures.quality_diversity(rows)}
     _write(rows, drawn, {}, [f"From {path.name}."], out)
     return rows

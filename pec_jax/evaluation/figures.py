@@ -53,7 +53,7 @@ def training_curves(runs: Mapping[str, Sequence[Steps]]) -> Figure:
             values = np.stack([curve[:length] for curve in curves])
             iterations = np.arange(1, length + 1)
             style = style_of(index)
-            axes.plot(iterations, values.mean(axis=0), label=label, lw=1.5, **style)
+            axes.plot(iterations, values.mean(axis=0), label=_shown(label), lw=1.5, **style)
             axes.fill_between(
                 iterations, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15
             )
@@ -85,7 +85,7 @@ def spread_and_distance(
         for index, (label, seeds) in enumerate(runs.items()):
             values = np.array([[line[metric] for line in lines] for lines in seeds])
             steps, style = [line["step"] for line in seeds[0]], style_of(index)
-            axes.plot(steps, values.mean(axis=0), label=label, lw=2.0, **style)
+            axes.plot(steps, values.mean(axis=0), label=_shown(label), lw=2.0, **style)
             axes.fill_between(
                 steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15
             )
@@ -114,7 +114,7 @@ def reward_entropy(runs: Mapping[str, Sequence[Steps]]) -> Figure:
         spread = np.exp(entropies)
         axes.scatter(spread, rewards, s=6, alpha=0.4, color=COLOURS[0], linewidths=0)
         fit = exponential_fit(rewards, entropies)
-        title = label
+        title = _shown(label)
         if math.isfinite(fit.a):
             ends = np.array([np.nanmin(spread), np.nanmax(spread)])
             axes.plot(ends, -fit.a * ends + fit.b, color=COLOURS[1])
@@ -195,6 +195,11 @@ def style_of(index: int) -> dict[str, str]:
     }
 
 
+def _shown(label: str) -> str:
+    """A label as matplotlib shows it as it is: `$` begins no formula, `_` hides none."""
+    return ("" if label[:1] != "_" else " ") + label.replace("$", r"\$")
+
+
 def _point(axes: Axes, row: Row, index: int) -> None:
     x, y = (student_interval(list(row.values[name].values())) for name in (QUALITY, DIVERSITY))
     axes.errorbar(
@@ -206,5 +211,5 @@ def _point(axes: Axes, row: Row, index: int) -> None:
         color=COLOURS[index % len(COLOURS)],
         elinewidth=0.8,
         alpha=0.9,
-        label=row.label,
+        label=_shown(row.label),
     )

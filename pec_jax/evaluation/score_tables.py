@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io as text_io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from pec_jax import io
 from pec_jax.evaluation import summary, table
+from pec_jax.evaluation.cells import csv_text, markdown
 from pec_jax.evaluation.image_sets import ImageSet
 from pec_jax.evaluation.scoring import Scores
 
@@ -52,8 +51,8 @@ def images_csv(image_set: ImageSet, scores: Scores) -> str:
     for i, (file, prompt) in enumerate(zip(image_set.files, image_set.prompts)):
         values = [scores.rewards[label][i] for label in labels]
         cells = [f"{value:.7g}" if np.isfinite(value) else "" for value in values]
-        rows.append([_plain(file), _plain(prompt.text), *cells])
-    return _csv(rows)
+        rows.append([file, prompt.text, *cells])
+    return csv_text(rows)
 
 
 def summary_csv(numbers: dict[str, float]) -> str:
@@ -63,7 +62,7 @@ def summary_csv(numbers: dict[str, float]) -> str:
         ends = [numbers.get(f"{name}/{end}") for end in ("low", "high")]
         cells = ["" if value is None else f"{value:.7g}" for value in (numbers[name], *ends)]
         rows.append([name, *cells])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def summary_markdown(numbers: dict[str, float], image_set: ImageSet) -> str:
@@ -80,7 +79,7 @@ def summary_markdown(numbers: dict[str, float], image_set: ImageSet) -> str:
     for name in _names(numbers):
         low, high = (numbers.get(f"{name}/{end}") for end in ("low", "high"))
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-        lines.append(f"| {name} | {numbers[name]:.4g} | {interval} |")
+        lines.append(f"| {markdown(name)} | {numbers[name]:.4g} | {interval} |")
     columns = [name for name in _names(numbers) if not name.startswith("failures/")]
     notes = [f"- `{name}`: {text}" for name, text in table.describe(columns).items()]
     return "\n".join([*lines, "", *notes]) + "\n"
@@ -88,14 +87,3 @@ def summary_markdown(numbers: dict[str, float], image_set: ImageSet) -> str:
 
 def _names(numbers: dict[str, float]) -> list[str]:
     return sorted(name for name in numbers if not name.endswith(("/low", "/high")))
-
-
-def _plain(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    out = text_io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()

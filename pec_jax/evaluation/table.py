@@ -8,18 +8,16 @@ seed has its own three numbers, and each row an interval.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 from scipy import stats
 
 from pec_jax.errors import RunError
+from pec_jax.evaluation.cells import csv_text, markdown
 
 LABELS = ("method", "perceptual_space", "weight")
 QUALITY, DIVERSITY, OVERALL = (
@@ -28,7 +26,6 @@ QUALITY, DIVERSITY, OVERALL = (
     "overall",
 )
 COMPUTED = (QUALITY, DIVERSITY, OVERALL)
-MAX_BYTES = 10_000_000
 REPEATED = (
     "diversity/variance_",
     "diversity/pairwise_cos_",
@@ -165,50 +162,14 @@ def ratio(row: Row, other: Row, metric: str = OVERALL) -> Interval:
     return student_interval([row.values[metric][s] / other.values[metric][s] for s in common])
 
 
-def rows_from_csv(path: epath.Path) -> list[Row]:
-    """Rows of a csv with the columns method, perceptual_space, weight and the metrics.
-
-    A column `seed` makes several lines of one label one row; without it each line is a row. The
-    three computed columns are skipped.
-
-    Raises:
-        RunError: the file is missing, too large, has no such columns, or a cell is no number.
-    """
-    text = _read_bounded(path)
-    reader = csv.DictReader(io.StringIO(text))
-    columns = [name for name in reader.fieldnames or [] if is_column(name)]
-    if "method" not in (reader.fieldnames or []) or not columns:
-        raise RunError(
-            f"{path} needs a column `method` and columns named quality/* and diversity/*; "
-            f"it has: {', '.join(reader.fieldnames or []) or 'none'}."
-        )
-    collected: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
-    for number, line in enumerate(reader, start=2):
-        method, space, weight = ((line.get(name) or "").strip() for name in LABELS)
-        label = (method, space, weight)
-        seed = (line.get("seed") or "").strip()
-        values = collected.setdefault(label, {column: {} for column in columns})
-        if seed in values[columns[0]]:
-            raise RunError(f"{path}, line {number}: a second line of {' '.join(label).strip()!r}.")
-        for column in columns:
-            values[column][seed] = _number(line.get(column), path, number, column)
-    if not collected:
-        raise RunError(f"{path} has no rows under its heading.")
-    return [
-        Row(method, space, weight, values) for (method, space, weight), values in collected.items()
-    ]
-
-
 def write_csv(rows: Sequence[Row]) -> str:
     """The table as csv: means, and `<metric>/low`, `<metric>/high` of the 95% interval."""
     columns = ordered_columns(rows)
     several = any(len(row.seeds) > 1 for row in rows)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    heading: list[str] = [*LABELS, "seeds"]
+    heading: list[object] = [*LABELS, "seeds"]
     for column in columns:
         heading += [column, f"{column}/low", f"{column}/high"] if several else [column]
-    writer.writerow(heading)
+    lines = [heading]
     for row in rows:
         cells: list[object] = [row.method, row.perceptual_space, row.weight, len(row.seeds)]
         for column in columns:
@@ -217,8 +178,8 @@ def write_csv(rows: Sequence[Row]) -> str:
             if several:
                 known = not math.isnan(half)
                 cells += [f"{mean - half:.6g}", f"{mean + half:.6g}"] if known else ["", ""]
-        writer.writerow(cells)
-    return out.getvalue()
+        lines.append(cells)
+    return csv_text(lines)
 
 
 def write_markdown(rows: Sequence[Row], definitions: Mapping[str, str]) -> str:
@@ -226,11 +187,12 @@ def write_markdown(rows: Sequence[Row], definitions: Mapping[str, str]) -> str:
     columns = ordered_columns(rows)
     ranks = {column: ranks_of([row.mean(column) for row in rows]) for column in columns}
     lines = [
-        "| " + " | ".join([*LABELS, "seeds", *columns]) + " |",
+        "| " + " | ".join([*LABELS, "seeds", *map(markdown, columns)]) + " |",
         "|" + "---|" * len(LABELS) + "---:|" * (len(columns) + 1),
     ]
     for index, row in enumerate(rows):
-        cells = [row.method, row.perceptual_space, row.weight, str(len(row.seeds))]
+        cells = [markdown(text) for text in (row.method, row.perceptual_space, row.weight)]
+        cells.append(str(len(row.seeds)))
         for column in columns:
             mean, half = student_interval(list(row.values[column].values()))
             text = format_number(mean) + ("" if math.isnan(half) else f" ± {half:.2g}")
@@ -317,27 +279,3 @@ def _common_columns(rows: Sequence[Row]) -> list[str]:
         if not any(name.startswith(kind) for name in columns):
             raise RunError(f"There is no column named {kind}*, so there is nothing to average.")
     return columns
-
-
-def _read_bounded(path: epath.Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}.") from None
-    if len(data) > MAX_BYTES:
-        raise RunError(f"{path} is too large; a table of at most {MAX_BYTES} bytes is read.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RunError(f"cannot read {path} as text: {error}.") from None
-
-
-def _number(cell: str | None, path: epath.Path, line: int, column: str) -> float:
-    try:
-        value = float(cell or "")
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise RunError(f"{path}, line {line}: {column} is {cell!r}, not a finite number.")
-    return value

@@ -9,8 +9,10 @@ of another model is not mistaken for a damaged one. Reading changes nothing in t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -20,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from pec_jax import io
-from pec_jax.errors import RunError
+from pec_jax.errors import RunError, is_disk_full
 from pec_jax.types import PyTree, TrainState
 
 _LISTED = 3  # arrays that a message names
@@ -40,6 +42,31 @@ class OtherModelError(CheckpointError):
     def __init__(self, message: str, difference: str):
         super().__init__(message)
         self.difference = difference
+
+
+@contextlib.contextmanager
+def told_when_full(run: epath.Path, checkpoints: epath.Path) -> Iterator[None]:
+    """Says of a disk that is full which checkpoint is safe.
+
+    Args:
+      run: the directory that is written to.
+      checkpoints: where they lie.
+
+    Raises:
+      RunError: in the place of whatever a full disk has led to.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        # Orbax renames what it has written whole.
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+        steps = [int(name) for name in names if name.isdecimal()]
+        safe = f"Checkpoint {max(steps)} is safe" if steps else "No checkpoint was written yet"
+        raise RunError(
+            f"the disk of {run} is full. {safe}: free space, and the same command goes on."
+        ) from error
 
 
 class Restored(NamedTuple):

@@ -21,6 +21,7 @@ from etils import epath
 from pec_jax import io
 from pec_jax.config import ConfigError, unknown
 from pec_jax.config.changes import flatten
+from pec_jax.errors import is_disk_full
 
 
 class Logger(Protocol):
@@ -174,9 +175,11 @@ class Loggers:
         try:
             call()
         except Exception as error:  # whatever a server or its client does, the run goes on
-            logging.warning(
-                "--log=%s stops here, the run does not: %s: %s", name, type(error).__name__, error
+            text = " ".join(str(error).split())[:300]
+            reason = (
+                "the disk is full" if is_disk_full(error) else f"{type(error).__name__}: {text}"
             )
+            logging.warning("--log=%s stops here, the run does not: %s", name, reason)
             self._open.pop(name, None)
 
 

@@ -40,7 +40,7 @@ from pec_jax.training.build import (
     build,
     stream_key,
 )
-from pec_jax.training.checkpoint import Checkpointer, OtherModelError
+from pec_jax.training.checkpoint import Checkpointer, OtherModelError, told_when_full
 from pec_jax.training.evaluator import Evaluation, Evaluator
 from pec_jax.training.metric_writer import MetricWriter, Progress, make_writer
 from pec_jax.training.run_directory import RunDirectory
@@ -81,7 +81,12 @@ def train(
         logging.info("Loading models and encoding prompts ...")
         experiment = build(config, mesh_lib.placement(mesh, config))
         run = _Run(experiment, directory, mesh, log)
-        with mesh_lib.active(mesh, config), processes.stop_requests() as stop, told_by_name():
+        with (
+            mesh_lib.active(mesh, config),
+            told_when_full(directory.path, directory.checkpoints),
+            told_by_name(),
+            processes.stop_requests() as stop,
+        ):
             return run.loop(stop)
 
 

@@ -86,6 +86,26 @@ def test_the_scatter_has_every_row_and_the_front(seeds):
     assert buffer.getvalue().startswith(b"\x89PNG")
 
 
+def test_labels_are_drawn_as_they_are(recwarn):
+    """What matplotlib takes for formulas, escapes and names to hide."""
+    names = [r"$\frac{1}{$", "$x$", r"\$5", "_hidden", "%s {0}", "x" * 200]
+    rows = table.normalise([row(name, i, -i) for i, name in enumerate(names)])
+    drawn = {name: [steps()] for name in names}
+    for figure in (
+        figures.quality_diversity(rows),
+        figures.training_curves(drawn),
+        figures.reward_entropy(drawn),
+    ):
+        figure.savefig(io.BytesIO(), format="png", dpi=30)
+    texts = figures.quality_diversity(rows).legends[0].get_texts()[1:]
+    shown = [figures._shown(name) for name in names]
+    assert [text.get_text() for text in texts] == shown
+    # What matplotlib makes of them in the end, which only its renderer says.
+    assert [text._preprocess_math(text.get_text())[0].strip() for text in texts] == names
+    assert not any(text._preprocess_math(text.get_text())[1] for text in texts)
+    assert not [w for w in recwarn if "legend" in str(w.message)]
+
+
 def test_empty_runs_are_drawn_without_a_stack_trace():
     figures.training_curves({"a": [[]]}).savefig(io.BytesIO(), format="png")
     figures.reward_entropy({}).savefig(io.BytesIO(), format="png")

@@ -12,6 +12,7 @@ import pytest
 
 from pec_jax.errors import RunError
 from pec_jax.evaluation import table
+from pec_jax.evaluation.csv_rows import rows_from_csv
 from pec_jax.evaluation.table import COMPUTED, DIVERSITY, OVERALL, QUALITY, Row
 
 PAPER = Path(__file__).with_name("paper_table1.csv")  # arXiv 2605.12112, Table 1, as printed
@@ -26,7 +27,7 @@ def row(name, quality, diversity, seeds="012", spread=0.0):
 
 
 def test_the_papers_computed_columns_come_out():
-    rows = table.normalise(table.rows_from_csv(PAPER))
+    rows = table.normalise(rows_from_csv(PAPER))
     with PAPER.open(encoding="utf-8") as file:
         printed = list(csv.DictReader(file))
     assert len(rows) == len(printed) == 18
@@ -90,41 +91,20 @@ def test_the_csv_holds_means_and_intervals_and_reads_back():
     assert line["seeds"] == "3"
 
 
-def test_a_csv_with_seeds_makes_one_row(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text("method,seed,quality/a,diversity/b\nx,0,1,2\nx,1,3,4\ny,0,5,6\n")
-    rows = table.rows_from_csv(path)
-    assert [r.method for r in rows] == ["x", "y"]
-    assert rows[0].values["quality/a"] == {"0": 1.0, "1": 3.0}
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("", "column `method`"),
-        ("a,b\n1,2\n", "column `method`"),
-        ("method,quality/a\n", "no rows"),
-        ("method,quality/a,diversity/b\nx,1,oops\n", "line 2: diversity/b is 'oops'"),
-        ("method,quality/a,diversity/b\nx,1,nan\n", "not a finite number"),
-        ("method,quality/a,diversity/b\nx,1\n", "not a finite number"),
-        ("method,quality/a,diversity/b\nx,1,2\nx,1,2\n", "second line"),
-        ("method,quality/a\nx,1\n", r"no column named diversity/\*"),
-    ],
-)
-def test_a_bad_csv_is_answered_with_a_sentence(tmp_path, text, words):
-    path = tmp_path / "t.csv"
-    path.write_text(text)
-    with pytest.raises(RunError, match=words):
-        table.normalise(table.rows_from_csv(path))
-
-
-def test_a_missing_or_huge_csv_is_answered_with_a_sentence(tmp_path, monkeypatch):
-    with pytest.raises(RunError, match="cannot read"):
-        table.rows_from_csv(tmp_path / "none.csv")
-    monkeypatch.setattr(table, "MAX_BYTES", 3)
-    (tmp_path / "t.csv").write_text("method\n")
-    with pytest.raises(RunError, match="at most 3"):
-        table.rows_from_csv(tmp_path / "t.csv")
+def test_labels_are_text_and_nothing_else():
+    """No formula of a spreadsheet, no HTML, no markup, no end of a cell."""
+    names = ["=cmd|' /C calc'!A0", "<script>alert(1)</script>", "a|b", "two\nlines", "**x** `y`"]
+    rows = table.normalise([row(name, i, -i) for i, name in enumerate(names)])
+    lines = list(csv.reader(io.StringIO(table.write_csv(rows))))[1:]
+    assert [line[0] for line in lines] == ["'" + names[0], *names[1:]]
+    text = table.write_markdown(rows, {})
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:7]] == [
+        r"| =cmd\|' /C calc'!A0",
+        r"| &lt;script&gt;alert(1)&lt;/script&gt;",
+        r"| a\|b",
+        r"| two lines",
+        r"| \*\*x\*\* \`y\`",
+    ]
 
 
 def test_rows_measured_differently_are_refused():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,16 @@ import optax
 import pytest
 
 from pec_jax.config.registry import CONSTRAINTS, OBJECTIVES
+from pec_jax.errors import RunError
 from pec_jax.rl.composition import Constraints
 from pec_jax.rl.train_step import initial_state
-from pec_jax.training.checkpoint import Checkpointer, CheckpointError, OtherModelError
-from tests.conftest import tree_hash
+from pec_jax.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    OtherModelError,
+    told_when_full,
+)
+from tests.conftest import ROOT, tree_hash
 
 
 def make_state(step: int):
@@ -154,3 +163,56 @@ def test_a_checkpoint_that_was_not_finished_is_skipped_and_left_alone(saved):
 def test_a_directory_that_is_not_there_is_not_made_by_reading(tmp_path):
     assert restore(tmp_path / "checkpoints") is None
     assert not (tmp_path / "checkpoints").exists()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from absl import logging
+from etils import epath
+from pec_jax.errors import exit_on_user_error, quiet_libraries
+from pec_jax.training.checkpoint import Checkpointer, told_when_full
+from tests.training.test_checkpoint import make_state
+
+run, limit_before_step = epath.Path(sys.argv[1]), int(sys.argv[2])
+logging.use_absl_handler()  # as app.run does
+quiet_libraries()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+checkpointer = Checkpointer(run / "checkpoints", keep=5)
+with exit_on_user_error(), told_when_full(run, run / "checkpoints"):
+    for step in (1, 2, 3):
+        if step == limit_before_step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        checkpointer.save(make_state(step))
+        if step < limit_before_step:
+            checkpointer.wait()
+    checkpointer.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "safe"), [(1, "No checkpoint was written yet"), (3, "Checkpoint 2 is safe")]
+)
+def test_a_full_disk_is_one_sentence_and_what_was_saved_is_safe(tmp_path, step, safe):
+    """A limit on the size of files stands in for the end of the disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(step)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stderr == (
+        f"Error: the disk of {tmp_path} is full. {safe}: free space, and the same command goes "
+        "on.\n"
+    )
+    assert done.returncode == 2
+    restored = restore(tmp_path / "checkpoints")
+    assert (restored is None) if step == 1 else (int(restored.step) == 2)
+
+
+def test_other_errors_are_not_of_a_full_disk(tmp_path):
+    with pytest.raises(OSError, match="denied"), told_when_full(tmp_path, tmp_path / "none"):
+        raise PermissionError(errno.EACCES, "denied")
+    with pytest.raises(RunError, match="No checkpoint"), told_when_full(tmp_path, tmp_path / "no"):
+        try:
+            raise OSError(errno.EDQUOT, "quota")
+        except OSError as error:
+            raise RuntimeError("of a library") from error
