@@ -82,7 +82,10 @@ def test_what_has_finished_is_kept_when_the_rest_is_interrupted(tmp_path, monkey
             (job.directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
             ends = {"quality/pickscore": 0.7, "diversity/attributes": 0.6}
             base = {f"base/{name}": 0.8 for name in ends}
-            (job.directory / "eval.json").write_text(json.dumps(ends | base | {"iterations": 2}))
+            length = int(dict(job.overrides)["num_iterations"])
+            (job.directory / "eval.json").write_text(
+                json.dumps(ends | base | {"iterations": length})
+            )
         raise SystemExit("Stopped.")
 
     monkeypatch.setattr(time_to_quality.runner, "run_jobs", run)
@@ -92,7 +95,7 @@ def test_what_has_finished_is_kept_when_the_rest_is_interrupted(tmp_path, monkey
         time_to_quality.train(curves, tmp_path, ["0", "1"], 2)
     assert [c.recipe for c in curves.values()] == [ALL, f"{ALL} + PEC", recipes.RECIPES[1].name]
     first = next(iter(curves.values()))
-    assert (first.iterations, first.quality, first.seconds) == ([0, 1, 2], [0.8, 0.6, 0.7], 1.5)
+    assert (first.iterations, first.quality, first.seconds) == ([0, 1, 60], [0.8, 0.6, 0.7], 1.5)
     path = tmp_path / "curves.json"
     time_to_quality.write_curves(curves, path)
     assert time_to_quality.read_curves(path) == curves
