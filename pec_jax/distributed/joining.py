@@ -154,6 +154,8 @@ def _what_is_missing(address: _Address | None, process_id: int | None) -> str:
         if process_id == 0:
             return f"process 0 does not reach itself at {address} ({reason})."
         return f"process 0 does not answer at {address} ({reason})."
+    if process_id == 0:
+        return f"not all of them have come to {address}."
     return f"process 0 answers at {address}, but not all of the others have come."
 
 
