@@ -36,7 +36,8 @@ class Pipeline(abc.ABC):
 
     1. *The directory*, in class attributes: `class_name` of the pipeline, and a `Network` for the
        transformer and, unless it is diffusers' AutoencoderKL, for the VAE. Module and parameter
-       names are diffusers', so that weights and LoRA files need no table of names.
+       names are diffusers', so that weights and LoRA files need no table of names; names of the
+       model's own code in LoRA files may get rows in `weights.lora_names`.
     2. *The text*: `text_encoders` (a new kind of encoder is a function like `text.t5_encoder`),
        `combiner`, which makes a `Conditioning` of their outputs, and `conditioning_shapes`, the
        same as shapes. A family leaves `pooled` or `mask` out by leaving them None. A prompt

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ def open_start(config: Config, root: Path) -> Learned | None:
       root: directory of its pipeline.
 
     Raises:
-      ConfigError: it is nothing that a LoRA of this config can start as.
+      ConfigError: a LoRA of this config cannot start as it: other layers, another rank or kind.
       RunError, WeightsError: as `open_learned`.
     """
     init = config.trainable.init
@@ -49,14 +48,17 @@ def open_start(config: Config, root: Path) -> Learned | None:
         return start
     if not config.trainable.alpha:
         raise ConfigError("config.trainable.alpha is 0: then no LoRA is that of trainable.init.")
-    if isinstance(start, LearnedRun) and start.config.trainable.mode == "full":
-        raise _refused(init, "is a run that has trained the whole transformer, which is no LoRA")
+    shapes = load_pipeline(root, text=False, weights=False).transformer_variables["params"]
+    layers = _layers(config, shapes)
+    if isinstance(start, LearnedRun):
+        if start.config.trainable.mode == "full":
+            raise _refused(init, "is a run that has trained the whole transformer")
+        theirs = _layers(start.config, shapes)
+        _check_fit(config, layers, dict.fromkeys(theirs, start.config.trainable.rank))
     if isinstance(start, LearnedLora):
         if not start.adapter.is_plain:
             raise _refused(init, "has biases or magnitudes (DoRA), which a LoRA of ours has not")
-        shapes = load_pipeline(root, text=False, weights=False).transformer_variables["params"]
-        fresh = jax.eval_shape(functools.partial(trainable_params, config), shapes)
-        _check_fit(config, fresh, start.adapter.factors)
+        _check_fit(config, layers, _ranks(start.adapter))
     return start
 
 
@@ -69,10 +71,10 @@ def initial_params(config: Config, pipeline: Pipeline, start: Learned | None) ->
     Args:
       config: the run's.
       pipeline: with the base model's weights.
-      start: from `open_start`.
+      start: from `open_start`, which has seen to it that it fits.
 
     Raises:
-      ConfigError: the start has other layers or another rank than the config's LoRA.
+      RunError, CheckpointError: as `Learned.variables`.
     """
     base = pipeline.transformer_variables
     fresh = trainable_params(config, base["params"])
@@ -82,49 +84,51 @@ def initial_params(config: Config, pipeline: Pipeline, start: Learned | None) ->
         exact = dataclasses.replace(pipeline, transformer_variables={**base, "params": fresh})
         found = start.variables(exact)
         return lora.merge(found["params"], found.get("lora", {}))
-    factors = start.variables(pipeline)["lora"]
-    _check_fit(config, fresh, factors)
+    factors = traverse_util.flatten_dict(start.variables(pipeline)["lora"])
     scale = config.trainable.alpha / config.trainable.rank
     return traverse_util.unflatten_dict(
         {
             path: jnp.asarray(value, jnp.float32) / (scale if path[-1] == "b" else 1.0)
-            for path, value in traverse_util.flatten_dict(factors).items()
+            for path, value in factors.items()
         }
     )
 
 
-def _check_fit(config: Config, fresh: PyTree, factors: PyTree) -> None:
-    """Raises ConfigError unless both adapt the same layers with the config's rank."""
+def _layers(config: Config, shapes: PyTree) -> list[str]:
+    """The layers that a config's LoRA adapts."""
+    fresh = jax.eval_shape(functools.partial(trainable_params, config), shapes)
     paths = traverse_util.flatten_dict(fresh)
-    wanted = {name for path in paths for name in expand_runs(path[:-1])}
-    ranks = _ranks(traverse_util.flatten_dict(factors))
-    rank = config.trainable.rank
-    parts = []
-    if lacking := sorted(wanted - set(ranks)):
+    return [name for path in paths if path[-1] == "a" for name in expand_runs(path[:-1])]
+
+
+def _ranks(adapter: lora.Adapter) -> dict[str, int]:
+    """Layer -> its rank. What is zero in both a and b only fills up a run, and never learns."""
+    ranks, factors = {}, traverse_util.flatten_dict(adapter.factors)
+    for (*modules, half), a in factors.items():
+        if half != "a":
+            continue
+        names, b = expand_runs(modules), factors[(*modules, "b")]
+        used = np.any(a != 0, axis=-2) | np.any(b != 0, axis=-1)
+        for name, count in zip(names, used.reshape(len(names), -1).sum(-1)):
+            if count:
+                ranks[name] = int(count)
+    return ranks
+
+
+def _check_fit(config: Config, layers: Sequence[str], ranks: Mapping[str, int]) -> None:
+    """Raises ConfigError unless just these layers are adapted, all with the config's rank."""
+    rank, parts = config.trainable.rank, []
+    if lacking := sorted(set(layers) - set(ranks)):
         parts.append(f"does not adapt {_listing(lacking)}, which config.trainable.targets match")
-    if surplus := sorted(set(ranks) - wanted):
+    if surplus := sorted(set(ranks) - set(layers)):
         parts.append(f"adapts {_listing(surplus)}, which config.trainable.targets do not match")
-    if others := sorted(name for name in set(ranks) & wanted if ranks[name] != rank):
+    if others := sorted(name for name in set(ranks) & set(layers) if ranks[name] != rank):
         parts.append(
             f"has rank {ranks[others[0]]} in {_listing(others)}, where config.trainable.rank is "
             f"{rank}"
         )
     if parts:
         raise _refused(config.trainable.init, "; it ".join(parts))
-
-
-def _ranks(factors: Mapping[tuple[str, ...], Any]) -> dict[str, int]:
-    """Layer -> its rank. What is zero in both a and b only fills up a run, and never learns."""
-    ranks = {}
-    for (*modules, half), a in factors.items():
-        if half != "a":
-            continue
-        names, b = expand_runs(modules), factors[(*modules, "b")]
-        used = np.asarray(jnp.any(a != 0, axis=-2) | jnp.any(b != 0, axis=-1))
-        for name, count in zip(names, used.reshape(len(names), -1).sum(-1)):
-            if count:
-                ranks[name] = int(count)
-    return ranks
 
 
 def _refused(init: str, reason: str) -> ConfigError:

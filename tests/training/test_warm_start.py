@@ -104,6 +104,17 @@ class TestLora:
             with pytest.raises(ConfigError, match=word):
                 started(small_config, pipeline, file)
 
+    @pytest.mark.parametrize(
+        ("field", "value", "word"),
+        [("rank", 8, "has rank 4 in"), ("targets", (r"attn\.to_q$",), "adapts .*do not match")],
+    )
+    def test_a_run_that_does_not_fit(self, tmp_path, small_config, pipeline, field, value, word):
+        """Its config is enough to tell; there is no checkpoint here."""
+        io.write_json(tmp_path / "run" / "config.json", to_dict(from_config_dict(small_config)))
+        setattr(small_config.trainable, field, value)
+        with pytest.raises(ConfigError, match=word):
+            started(small_config, pipeline, tmp_path / "run")
+
     def test_one_with_a_layer_of_a_run_left_out(self, tmp_path, small_config, pipeline, base):
         """What would fill up the run is zero on both sides, and could never learn."""
         file = write_lora(tmp_path / "whole", adapter(base, from_config_dict(small_config)), 4.0)
