@@ -14,6 +14,12 @@ from pec_jax.errors import exit_on_user_error
 _MODEL = flags.DEFINE_string(
     "model", "shapes", "Pipeline directory, hub id organisation/model@revision, or `shapes`."
 )
+_TRANSFORMER = flags.DEFINE_string(
+    "transformer",
+    "",
+    "Transformer in place of the pipeline's: a file of weights as its publisher or diffusers has "
+    "it, a directory, or a hub id@revision.",
+)
 _VARIANT = flags.DEFINE_string(
     "variant", "", "Variant of the weight files, such as fp16; '' is the plain one."
 )
@@ -89,6 +95,7 @@ def main(argv: list[str]) -> None:
         draw.run(
             draw.Request(
                 model=_MODEL.value,
+                transformer=_TRANSFORMER.value,
                 lora=_LORA.value,
                 use_ema=_USE_EMA.value,
                 prompts=tuple(_PROMPT.value),

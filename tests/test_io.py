@@ -114,7 +114,7 @@ class TestLocalCopy:
     def test_a_file_is_fetched_once_until_it_changes(self, bucket, caplog):
         remote = io.path("gs://bucket/data/prompts.txt")
         io.write_text(remote, "a red cat")
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="absl"):
             first = io.local_copy(remote)
         assert first.read_text() == "a red cat" and first.name == "prompts.txt"
         assert "Fetching gs://bucket/data/prompts.txt" in caplog.text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,12 +12,14 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.numpy import save_file
 
 from pec_jax.families.locate import SHAPES_DIRECTORY
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.inference import draw as sampling
 from pec_jax.models import vae
 from pec_jax.shapes.pretraining import tokenizers
+from pec_jax.weights.tensors import read_tensors
 
 PROMPTS = ("a small red cat in the snow", "a thing", "two large blue stars at the top")
 LENGTH = tokenizers.MAX_LENGTH  # of the embedded T5
@@ -116,6 +120,26 @@ def test_each_prompt_has_its_own_negative_as_in_diffusers(tmp_path, oracle, star
     assert relative(found, theirs(["", "", ""])) > 0.05  # they do matter
     listed = [json.loads(x) for x in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert [line.get("negative_prompt") for line in listed] == list(own)
+
+
+def test_another_transformer_in_place_of_the_pipelines_own(tmp_path):
+    other, whole = tmp_path / "transformer", tmp_path / "whole"
+    shutil.copytree(SHAPES_DIRECTORY / "transformer", other)
+    tensors = {name: tensor * 1.1 for name, tensor in read_tensors(other).items()}
+    for path in other.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, other / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(SHAPES_DIRECTORY, whole, ignore=shutil.ignore_patterns("transformer"))
+    shutil.copytree(other, whole / "transformer")
+    request = sampling.Request(model="shapes", prompts=("a thing",), num_images=1, num_steps=2)
+
+    def latents(name, **changes):
+        sampling.run(dataclasses.replace(request, **changes), tmp_path / name)
+        return np.load(tmp_path / name / "latents.npy")
+
+    found = latents("found", transformer=str(other))
+    np.testing.assert_array_equal(found, latents("expected", model=str(whole)))
+    assert relative(found, latents("own")) > 0.01  # it does matter
 
 
 def test_a_negative_prompt_without_effect_is_said(ours, caplog):

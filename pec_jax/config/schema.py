@@ -2,9 +2,9 @@
 
 Everything below this package takes these dataclasses; nothing else sees a ConfigDict. The values
 live in `configs/base.py` alone: here every field is required, so that a config file that forgets
-one is an error instead of a silent default; but for those that are newer than the run directories
-which lack them. Sections that a definition brings along (constraints,
-objectives, rewards, encoders) have their defaults there, see `registry`.
+one is an error instead of a silent default. Fields that are newer than run directories which lack
+them have the default that means what was done before. Sections that a definition brings along
+(constraints, objectives, rewards, encoders) have theirs there, see `registry`.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class TrainableConfig:
     rank: int = field("Of the LoRA.", low=1, high=4096)
     alpha: float = field("Of the LoRA; its scale is alpha / rank.")
     targets: tuple[str, ...] = field("Regular expressions over dotted module names.")
-    init: str = field("LoRA file, run directory or hub id@revision to start from; '' is none.")
+    init: str = field("LoRA file, run directory or hub id@revision to start from; '' is none.", "")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How images are drawn in a rollout: schedule, kernel, window."""
 
@@ -79,9 +79,10 @@ class SamplerConfig:
     )
     window_moves: str = field(
         "Whether the window stays, goes on by a step and around (MixGRPO), or jumps.",
+        "never",
         choices=("never", "forward", "at_random"),
     )
-    window_iterations: int = field("Iterations before a window moves.", low=1)
+    window_iterations: int = field("Iterations before a window moves.", 1, low=1)
     noise: str = field(
         "Which steps draw noise: the trained ones, or all of them.", choices=("trained", "all")
     )

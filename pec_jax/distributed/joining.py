@@ -64,6 +64,11 @@ def join(
     given = f"{coordinator=}, {num_processes=}, {process_id=}".replace("=None", " found by JAX")
     known = os.environ.get("JAX_COORDINATOR_ADDRESS") if coordinator is None else coordinator
     address = _parse(known)
+    if num_processes is not None and process_id is not None and process_id >= num_processes:
+        raise RunError(
+            f"--process_id={process_id} is none of --num_processes={num_processes}, which count "
+            "from 0."
+        )
     if address and process_id == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         _check_port(address.port)
 

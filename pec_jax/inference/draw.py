@@ -18,10 +18,10 @@ from tqdm import tqdm
 from pec_jax import io
 from pec_jax.data.prompts import Prompt, check_text, read_prompts
 from pec_jax.families.base import Pipeline
-from pec_jax.families.locate import pipeline_directory
+from pec_jax.families.locate import pipeline_directory, transformer_path
 from pec_jax.families.pipeline import load_pipeline
 from pec_jax.flow.sampler import FlowSampler
-from pec_jax.training.learned import open_learned
+from pec_jax.training.learned import LearnedRun, open_learned
 from pec_jax.training.metric_writer import image_grid, save_png, to_picture
 from pec_jax.types import Array, Conditioning, PyTree
 
@@ -35,6 +35,7 @@ class Request:
     model: str
     prompts: tuple[str, ...] = ()
     prompt_file: str | None = None
+    transformer: str = ""  # in place of the pipeline's
     lora: str | None = None
     use_ema: bool = True
     negative_prompt: str = ""  # for prompts that have none of their own
@@ -67,8 +68,13 @@ def run(request: Request, out: epath.Path) -> None:
     request = dataclasses.replace(request, prompts=tuple(p.text for p in prompts))
     negatives = [request.negative_prompt if p.negative is None else p.negative for p in prompts]
     out.mkdir(parents=True, exist_ok=True)
-    root = pipeline_directory(request.model, request.variant)
-    learned = open_learned(request.lora, root) if request.lora else None
+    root = pipeline_directory(request.model, request.variant, request.transformer)
+    learned = None
+    if request.lora:
+        shapes = transformer_path(request.transformer, weights=False)
+        learned = open_learned(request.lora, root, shapes)
+    if isinstance(learned, LearnedRun):
+        learned.warn_of_another_transformer(request.transformer)
     dtype = jnp.dtype(request.dtype)
     pipeline = load_pipeline(
         root,
@@ -76,6 +82,7 @@ def run(request: Request, out: epath.Path) -> None:
         param_dtype=dtype,
         t5_length=request.t5_length,
         variant=request.variant,
+        transformer=transformer_path(request.transformer),
         sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
     )
     shape = pipeline.latent_shape(request.height, request.width)

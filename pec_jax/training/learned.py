@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from pathlib import Path
 
+from absl import logging
 from etils import epath
 
 from pec_jax import io
@@ -63,6 +64,18 @@ class LearnedRun(Learned):
             ) from None
         return bind(self.config.trainable, params, pipeline.transformer_variables)
 
+    def warn_of_another_transformer(self, name: str) -> None:
+        """Says so where a LoRA is put on a transformer that the run did not train."""
+        trained = self.config.model.transformer
+        if trained != name and self.config.trainable.mode == "lora":
+            logging.warning(
+                "%s was trained on the transformer %s: --transformer=%s draws what it has learned "
+                "to draw.",
+                self.directory,
+                trained or "of its pipeline",
+                trained or "''",
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class LearnedLora(Learned):
@@ -75,13 +88,14 @@ class LearnedLora(Learned):
         return lora.attach(pipeline.transformer_variables, self.adapter)
 
 
-def open_learned(name: str, root: Path) -> Learned:
+def open_learned(name: str, root: Path, transformer: Path | None = None) -> Learned:
     """Finds what a name stands for and reads as much of it as needs no weights.
 
     Args:
       name: a run directory; a LoRA file, or a directory that holds one; local, on gs://, or
         `organisation/repository@revision` on the hub.
       root: directory of the pipeline that it is for.
+      transformer: directory of the one in place of the pipeline's, if it has its own shapes.
 
     Raises:
       RunError: there is no such thing, or it is a run of another family.
@@ -92,7 +106,8 @@ def open_learned(name: str, root: Path) -> Learned:
         config = run_config(source)
         _check_family(source, config, root)
         return LearnedRun(source, config)
-    shapes = load_pipeline(root, text=False, weights=False).transformer_variables
+    skeleton = load_pipeline(root, text=False, weights=False, transformer=transformer)
+    shapes = skeleton.transformer_variables
     return LearnedLora(read_lora(io.local_copy(source, LORA_FILES), shapes["params"]))
 
 

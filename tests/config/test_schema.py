@@ -9,6 +9,7 @@ import pytest
 
 from pec_jax import config as config_lib
 from pec_jax.config import ConfigError, from_config_dict
+from pec_jax.config.changes import since
 
 CONFIGS = (
     "base",
@@ -147,6 +148,20 @@ def test_a_missing_field_is_named(small_config):
     del values["sampler"]["guidance"]
     with pytest.raises(ConfigError, match=r"config\.sampler lacks guidance"):
         from_config_dict(values)
+
+
+def test_a_run_from_before_a_field_is_one_that_leaves_it_alone(small_config):
+    now = from_config_dict(small_config)
+    stored = config_lib.to_dict(now)
+    for section, field in (
+        ("model", "transformer"),
+        ("trainable", "init"),
+        ("sampler", "window_moves"),
+        ("sampler", "window_iterations"),
+    ):
+        del stored[section][field]
+    assert from_config_dict(stored) == now
+    assert not since(stored, now)
 
 
 def test_a_definition_brings_its_section_with_defaults(small_config):

@@ -69,7 +69,7 @@ def test_what_is_an_address(text, expected):
 
 
 def test_a_process_that_is_none_of_them():
-    with pytest.raises(RunError, match="process_id < num_processes"):
+    with pytest.raises(RunError, match="--process_id=2 is none of --num_processes=2"):
         joining.join("localhost:1", 2, 2)
 
 

@@ -127,7 +127,7 @@ def test_jax_does_not_log_it_beside_the_sentence(monkeypatch):
     handler = absl_logging.get_absl_handler()
     monkeypatch.setattr(handler, "filters", [])
     monkeypatch.setattr(handler.python_handler, "formatter", handler.python_handler.formatter)
-    before = absl_logging.get_verbosity()
+    before, level = absl_logging.get_verbosity(), absl_logging.get_absl_logger().level
     quiet_libraries()
 
     def shown(error):
@@ -139,3 +139,4 @@ def test_jax_does_not_log_it_beside_the_sentence(monkeypatch):
     absl_logging.set_verbosity(absl_logging.DEBUG)
     assert shown(JudgeError("a sentence"))
     absl_logging.set_verbosity(before)
+    absl_logging.get_absl_logger().setLevel(level)  # which was not set

@@ -81,6 +81,14 @@ def test_a_run(run, pipeline):
         assert found["params"] is pipeline.transformer_variables["params"]
 
 
+def test_a_run_of_another_transformer_is_named(run, caplog):
+    learned = open_learned(str(run[0]), SHAPES_DIRECTORY)
+    learned.warn_of_another_transformer("")
+    assert not caplog.text
+    learned.warn_of_another_transformer("other.safetensors")
+    assert "was trained on the transformer of its pipeline: --transformer=''" in caplog.text
+
+
 @pytest.mark.parametrize("directory", [True, False])
 def test_a_file_and_its_directory(file, pipeline, adapter, directory):
     learned = open_learned(str(file.parent if directory else file), SHAPES_DIRECTORY)
