@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
     "numpy>=2.0",
     "pillow>=11",  # PNGs and sample grids
     "tqdm>=4.66",  # progress bars
+    "rich>=13.9",  # the view of a run that redraws itself; flax requires it as well
     "matplotlib>=3.10",  # figures of compare
     "scipy>=1.14",  # quantiles of Student's t
 ]
@@ -114,6 +115,7 @@ setup(
     package_data={
         "pec_jax": [
             "py.typed",
+            "evaluation/assets/*",
             "shapes/assets/*",
             "shapes/assets/*/*",
             "shapes/assets/encoders/*/*",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
@@ -9,12 +10,19 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from pec_jax import io
-from pec_jax.evaluation import figures, table
+from pec_jax.evaluation import charts, figures, table
 from pec_jax.evaluation.csv_rows import rows_from_csv
-from pec_jax.evaluation.report import write_report
+from pec_jax.evaluation.report import Grids, write_report
 from pec_jax.evaluation.run_table import BASE, Run, find_runs, rows_of_runs
 from pec_jax.evaluation.steps import read_steps
 from pec_jax.evaluation.table import Row
+from pec_jax.evaluation.verdict import verdict
+
+TITLES = {
+    "quality_diversity": "Quality and diversity",
+    "training_curves": "Training",
+    "reward_entropy": "Reward and perceptual entropy",
+}
 
 
 def compare_csv(path: epath.Path, out: epath.Path) -> list[Row]:
@@ -43,17 +51,19 @@ def compare_runs(directories: Sequence[epath.Path], out: epath.Path) -> list[Row
     """
     found = rows_of_runs(find_runs(directories))
     rows = table.normalise([row for row, _ in found])
+    # A label that did not train keeps its place, and with it its colour in every figure.
     steps = {
-        row.label: [read_steps(run.directory / "metrics.jsonl") for run in runs]
+        row.label: []
+        if row.method == BASE
+        else [read_steps(run.directory / "metrics.jsonl") for run in runs]
         for row, runs in found
-        if row.method != BASE
     }
     drawn = {
         "quality_diversity": figures.quality_diversity(rows),
         "training_curves": figures.training_curves(steps),
         "reward_entropy": figures.reward_entropy(steps),
     }
-    grids = {row.label: path for row, runs in found if (path := _grid(row, runs))}
+    grids = {row.label: there for row, runs in found if (there := _grids(row, runs))}
     count = len({run.directory for _, runs in found for run in runs})
     _write(rows, drawn, grids, [f"{count} runs, {len(rows) - 1} configs."], out)
     return rows
@@ -62,19 +72,19 @@ def compare_runs(directories: Sequence[epath.Path], out: epath.Path) -> list[Row
 def _write(
     rows: Sequence[Row],
     drawn: Mapping[str, Figure],
-    grids: Mapping[str, epath.Path],
+    grids: Grids,
     notes: Sequence[str],
     out: epath.Path,
 ) -> None:
-    pictures = {name: _png(figure) for name, figure in drawn.items()}
-    for name, png in pictures.items():
-        io.write_bytes(out / "figures" / f"{name}.png", png)
+    svgs = {TITLES[name]: charts.svg(figure, name, TITLES[name]) for name, figure in drawn.items()}
+    for name, figure in drawn.items():
+        io.write_bytes(out / "figures" / f"{name}.png", _png(figure))
     definitions = table.describe(table.ordered_columns(rows))
     io.write_text(out / "table.csv", table.write_csv(rows))
     io.write_text(out / "table.md", table.write_markdown(rows, definitions))
-    titles = {name.replace("_", " ").capitalize(): png for name, png in pictures.items()}
-    io.write_text(out / "report.html", write_report(rows, titles, grids, notes))
+    io.write_text(out / "report.html", write_report(rows, svgs, grids, notes))
     print(_summary(rows))
+    print(verdict(rows))
     print(f"Report: {out / 'report.html'}")
 
 
@@ -87,13 +97,17 @@ def _summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _grid(row: Row, runs: Sequence[Run]) -> epath.Path | None:
-    """The first seed's last samples; of the base model, those before training."""
+def _grids(row: Row, runs: Sequence[Run]) -> dict[int, epath.Path]:
+    """Iteration -> the samples of the first seed that has any; of the base model, the first."""
     for run in runs:
-        grids = sorted((run.directory / "samples").glob("step_*.png"))
-        if grids:
-            return grids[0] if row.method == BASE else grids[-1]
-    return None
+        found = {
+            int(match[1]): path
+            for path in sorted((run.directory / "samples").glob("step_*.png"))
+            if (match := re.fullmatch(r"step_(\d+)\.png", path.name))
+        }
+        if found:
+            return {min(found): found[min(found)]} if row.method == BASE else found
+    return {}
 
 
 def _png(figure: Figure) -> bytes:

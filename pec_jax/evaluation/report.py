@@ -1,21 +1,28 @@
-"""A report in one HTML file: the table, the figures, and sample grids side by side.
+"""A report in one HTML file: who wins, sample grids side by side, the table, the figures.
 
-Pictures are embedded and nothing is fetched or run, so that the file can be mailed and opened
-anywhere.
+Pictures, style and script are embedded and nothing is fetched, so that the file can be mailed and
+opened anywhere. Its policy lets no other script run than our own.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
+import json
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
 
 from etils import epath
+from PIL import Image
 
 from pec_jax.evaluation.table import (
     COMPUTED,
-    LABELS,
+    DIVERSITY,
+    OVERALL,
+    QUALITY,
     Row,
     describe,
     format_number,
@@ -23,96 +30,179 @@ from pec_jax.evaluation.table import (
     ranks_of,
     student_interval,
 )
+from pec_jax.evaluation.verdict import by_overall, leaders, verdict
 
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884;
-  white-space: nowrap; }
-th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
-td.best { font-weight: 700; } td.second { text-decoration: underline; }
-td.computed, th.computed { background: #8881; }
-img { max-width: 100%; height: auto; background: #fff; }
-.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
-figure { margin: 0 0 1rem; } figcaption { font-weight: 600; }
-"""
+Grids = Mapping[str, Mapping[int, epath.Path]]  # row label -> iteration -> PNG of its samples
+
+ASSETS = Path(__file__).parent / "assets"
+MOST_STEPS = 9  # of a row's grids, so that the file can still be mailed
+_SHORT = {OVERALL: "overall", QUALITY: "quality", DIVERSITY: "diversity"}
 
 
 def write_report(
-    rows: Sequence[Row],
-    figures: Mapping[str, bytes],
-    grids: Mapping[str, epath.Path],
-    notes: Sequence[str] = (),
+    rows: Sequence[Row], charts: Mapping[str, str], grids: Grids, notes: Sequence[str] = ()
 ) -> str:
     """The report's HTML.
 
     Args:
         rows: normalised.
-        figures: title -> PNG.
-        grids: row label -> PNG file of its samples; may be empty.
-        notes: sentences under the heading.
+        charts: title -> SVG element, as of `charts.svg`; `data-row` counts `rows`.
+        grids: may be empty.
+        notes: sentences under the first one.
 
     Returns:
         One self-contained HTML document.
     """
-    parts = [f"<p>{html.escape(note)}</p>" for note in notes]
-    parts += ["<h2>Table</h2>", f'<div class="wide">{_table(rows)}</div>', _definitions(rows)]
-    for title, png in figures.items():
-        parts += [f"<h2>{html.escape(title)}</h2>", _image(png, title)]
-    if grids:
-        parts.append("<h2>Samples</h2><p>The same prompts and the same noise in every grid.</p>")
-        cells = [
-            f"<figure><figcaption>{html.escape(label)}</figcaption>"
-            f"{_image(path.read_bytes(), label)}</figure>"
-            for label, path in grids.items()
-        ]
-        parts.append(f'<div class="grids">{"".join(cells)}</div>')
+    style, script = ((ASSETS / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    parts = [
+        "<h1>pec_jax: comparison</h1>",
+        f'<p class="verdict">{html.escape(verdict(rows))}</p>',
+        *(f'<p class="quiet">{html.escape(note)}</p>' for note in notes),
+        _side_by_side(rows, grids),
+        "<h2>Table</h2>",
+        f'<div class="wide">{_table(rows)}</div>',
+        _definitions(rows),
+    ]
+    for title, svg in charts.items():
+        parts.append(f'<h2>{html.escape(title)}</h2><div class="chart">{svg}</div>')
+    parts += [_all_grids(grids), '<div id="tip" hidden></div>', _data("labels", rows)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>pec_jax: comparison</title><style>{STYLE}</style></head><body>"
-        "<h1>Comparison</h1>" + "\n".join(parts) + "</body></html>\n"
+        f"<title>pec_jax: comparison</title><style>{style}</style></head><body>"
+        + "\n".join(filter(None, parts))
+        + f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _policy(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
+
+
+def _data(name: str, rows: Sequence[Row]) -> str:
+    """The labels of the rows as JSON that ends no script element."""
+    text = json.dumps([row.label for row in rows]).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def _side_by_side(rows: Sequence[Row], grids: Grids) -> str:
+    """The base model, the objective alone and the best, with a slider over their training."""
+    shown = list(
+        dict.fromkeys(row.label for row in leaders(rows) if row is not None and row.label in grids)
+    )
+    if not shown:
+        return ""
+    chosen = {label: _some(sorted(grids[label])) for label in shown}
+    steps = sorted(set().union(*chosen.values()))
+    figures = "".join(_figure(label, grids[label], chosen[label]) for label in shown)
+    slider = ""
+    if len(steps) > 1:
+        slider = (
+            '<label class="slider">Training <input type="range" min="0" '
+            f'max="{len(steps) - 1}" value="{len(steps) - 1}" data-steps="{steps}">'
+            f"<output>iteration {steps[-1]}</output></label>"
+        )
+    return (
+        f'<h2>Samples</h2>{slider}<div class="grids">{figures}</div>'
+        '<p class="quiet">The same prompts and the same noise in every grid.</p>'
+    )
+
+
+def _some(steps: Sequence[int]) -> list[int]:
+    """At most MOST_STEPS of them, with the first and the last."""
+    count = min(MOST_STEPS, len(steps))
+    return [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _figure(label: str, grids: Mapping[int, epath.Path], steps: Sequence[int]) -> str:
+    images = [
+        f'<img data-step="{step}" alt="{html.escape(f"{label}, iteration {step}")}"'
+        f'{"" if step == steps[-1] else " hidden"} src="{_embedded(grids[step])}">'
+        for step in steps
+    ]
+    return (
+        f"<figure data-steps><figcaption>{html.escape(label)}</figcaption>"
+        f"{''.join(images)}</figure>"
+    )
+
+
+def _all_grids(grids: Grids) -> str:
+    """The last grid of every row."""
+    if not grids:
+        return ""
+    cells = [
+        f"<figure><figcaption>{html.escape(label)}</figcaption>"
+        f'<img alt="{html.escape(label)}" src="{_embedded(steps[max(steps)])}"></figure>'
+        for label, steps in grids.items()
+    ]
+    return (
+        "<h2>All samples</h2><details><summary>The last grid of each row</summary>"
+        f'<div class="grids">{"".join(cells)}</div></details>'
     )
 
 
 def _table(rows: Sequence[Row]) -> str:
-    columns = ordered_columns(rows)
+    """By falling `overall`, which stands first; rows keep their index as `data-row`."""
+    others = [name for name in ordered_columns(rows) if name not in COMPUTED]
+    columns = [OVERALL, QUALITY, DIVERSITY, *others]
     ranks = {column: ranks_of([row.mean(column) for row in rows]) for column in columns}
-    heading = "".join(f"<th>{name}</th>" for name in (*LABELS, "seeds"))
-    heading += "".join(f"<th{_computed(c)}>{html.escape(c)}</th>" for c in columns)
-    body = []
-    for index, row in enumerate(rows):
-        cells = [
-            f"<td>{html.escape(text)}</td>"
-            for text in (row.method, row.perceptual_space, row.weight, str(len(row.seeds)))
-        ]
-        for column in columns:
-            mean, half = student_interval(list(row.values[column].values()))
-            text = format_number(mean) + ("" if math.isnan(half) else f" ± {half:.2g}")
-            mark = {0: "best", 1: "second"}.get(ranks[column][index], "")
-            cells.append(f"<td{_computed(column, mark)}>{text}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{heading}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    heading = '<th class="label"><button>method</button></th>'
+    for column in columns:
+        sort = ' aria-sort="descending"' if column == OVERALL else ""
+        name = html.escape(_SHORT.get(column, column))
+        heading += f"<th{_classes(column)}{sort}><button>{name}</button></th>"
+    indices = {id(row): index for index, row in enumerate(rows)}
+    body = "".join(
+        _table_row(row, indices[id(row)], {c: ranks[c][indices[id(row)]] for c in columns})
+        for row in by_overall(rows)
+    )
+    heading += "<th><button>seeds</button></th>"
+    return f"<table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _computed(column: str, mark: str = "") -> str:
-    names = " ".join(filter(None, ("computed" if column in COMPUTED else "", mark)))
-    return f' class="{names}"' if names else ""
+def _table_row(row: Row, index: int, ranks: Mapping[str, int]) -> str:
+    label = html.escape(row.label)
+    cells = [f'<td class="label" data-value="{label}">{label}</td>']
+    for column, rank in ranks.items():
+        mean, half = student_interval(list(row.values[column].values()))
+        text = format_number(mean) + ("" if math.isnan(half) else f" ± {half:.2g}")
+        mark = {0: "best", 1: "second"}.get(rank, "")
+        cells.append(f'<td{_classes(column, mark)} data-value="{mean:.9g}">{text}</td>')
+    count = len(row.seeds)
+    cells.append(f'<td data-value="{count}">{count}</td>')
+    return f'<tr data-row="{index}">{"".join(cells)}</tr>'
+
+
+def _classes(column: str, mark: str = "") -> str:
+    names = [
+        "computed" if column in COMPUTED else "",
+        "overall" if column == OVERALL else "",
+        mark,
+    ]
+    joined = " ".join(filter(None, names))
+    return f' class="{joined}"' if joined else ""
 
 
 def _definitions(rows: Sequence[Row]) -> str:
     items = "".join(
-        f"<li><code>{html.escape(name)}</code>: {html.escape(text)}</li>"
+        f"<li><code>{html.escape(_SHORT.get(name, name))}</code>: {html.escape(text)}</li>"
         for name, text in describe(ordered_columns(rows)).items()
     )
     return (
-        "<p>Mean ± half the 95% interval (Student's t over seeds); the best of a column is bold, "
-        f"the second best underlined.</p><ul>{items}</ul>"
+        '<p class="quiet">Mean ± half the 95% interval (Student\'s t over seeds); the best of a '
+        "column is bold, the second best underlined.</p>"
+        f"<details><summary>What the columns mean</summary><ul>{items}</ul></details>"
     )
 
 
-def _image(png: bytes, title: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{html.escape(title, quote=True)}" src="data:image/png;base64,{data}">'
+def _embedded(path: epath.Path) -> str:
+    """An image file as a `data:` address, as WebP, which is a third of a PNG."""
+    buffer = BytesIO()
+    with Image.open(BytesIO(path.read_bytes())) as image:
+        image.convert("RGB").save(buffer, format="webp", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

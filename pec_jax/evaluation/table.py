@@ -206,7 +206,7 @@ def write_markdown(rows: Sequence[Row], definitions: Mapping[str, str]) -> str:
 def format_number(value: float) -> str:
     """Four significant digits, without an exponent."""
     digits = 3 if abs(value) < 10 else 2
-    return f"{value:.{digits}f}"
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.000
 
 
 def describe(columns: Sequence[str]) -> dict[str, str]:

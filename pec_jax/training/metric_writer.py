@@ -1,4 +1,4 @@
-"""What a person sees of a run: metric files, TensorBoard, the progress bar, image grids.
+"""What a run leaves of its numbers and pictures: metric files, image grids, what loggers are told.
 
 Nothing here runs inside jit.
 """
@@ -6,15 +6,12 @@ Nothing here runs inside jit.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from absl import logging
 from etils import epath
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from pec_jax import io
 from pec_jax.training.loggers import Loggers
@@ -147,34 +144,3 @@ def image_grid(images: np.ndarray, captions: Sequence[str], *, cell: int = 64) -
             picture = picture.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (gap + column * (width + gap), top + label))
     return sheet
-
-
-class Progress:
-    """A progress bar on a terminal, a log line now and then elsewhere."""
-
-    def __init__(self, total: int, start: int, shown: Sequence[str], *, first: bool = True):
-        self._shown, self._first = shown, first
-        self._total = total
-        self._interactive = sys.stderr.isatty() and first
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            unit="it",
-            dynamic_ncols=True,
-            disable=not self._interactive,
-        )
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the numbers of iteration `step`."""
-        text = "  ".join(
-            f"{k.split('/', 1)[-1]} {values[k]:.4g}" for k in self._shown if k in values
-        )
-        if self._interactive:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(text)
-        elif self._first and (step % max(1, self._total // 20) == 0 or step == self._total):
-            logging.info("iteration %d of %d: %s", step, self._total, text)
-
-    def close(self) -> None:
-        """Leaves the last state on the screen."""
-        self._bar.close()

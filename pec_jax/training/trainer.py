@@ -42,7 +42,8 @@ from pec_jax.training.build import (
 )
 from pec_jax.training.checkpoint import Checkpointer, OtherModelError, told_when_full
 from pec_jax.training.evaluator import Evaluation, Evaluator
-from pec_jax.training.metric_writer import MetricWriter, Progress, make_writer
+from pec_jax.training.metric_writer import MetricWriter, make_writer
+from pec_jax.training.progress import Lines, make_progress
 from pec_jax.training.run_directory import RunDirectory
 from pec_jax.types import Batch, PyTree, TrainState
 
@@ -128,7 +129,7 @@ class _Run:
         processes.on_primary(lambda: self._directory.commit(self._config))
         primary = processes.is_primary()
         writer = make_writer(self._directory, first, self._loggers, first=primary)
-        progress = Progress(self._config.num_iterations, first, SHOWN, first=primary)
+        progress = make_progress(self._config.num_iterations, first, SHOWN, first=primary)
         log = _Log(writer, progress, self._config)
         iterations = range(first, self._config.num_iterations)
         compiler = ThreadPoolExecutor(1)
@@ -311,7 +312,7 @@ class _Log:
     after the next one has been dispatched, and the device never waits for the host.
     """
 
-    def __init__(self, writer: MetricWriter, progress: Progress, config: schema.Config):
+    def __init__(self, writer: MetricWriter, progress: Lines, config: schema.Config):
         self._writer, self._progress, self._config = writer, progress, config
         self._pending: tuple[int, dict[str, Array], float | None] | None = None
         self._last = time.perf_counter()

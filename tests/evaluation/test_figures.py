@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from pec_jax.evaluation import figures, table
 from pec_jax.evaluation.steps import read_evaluations
@@ -65,6 +66,49 @@ def test_training_curves_are_means_with_bands():
     np.testing.assert_allclose(axes.lines[0].get_ydata()[4:6], [2 * 4, 2 * 5])
     assert len(axes.lines[0].get_xdata()) == 10
     assert len(axes.collections) == 2
+    assert [text.get_text() for text in axes.texts] == ["a", "b"]
+    assert all(line.get_gid() == f"row-{i}-curve" for i, line in enumerate(axes.lines))
+
+
+def test_a_label_keeps_its_colour_where_another_did_not_train():
+    figure = figures.training_curves({"base": [], "a": [steps()]})
+    line = figure.axes[0].lines[0]
+    assert (line.get_color(), line.get_gid()) == (figures.style_of(1)["color"], "row-1-curve")
+    dots = figures.reward_entropy({"base": [], "a": [steps()]}).axes[0].collections[0]
+    assert dots.get_gid() == "row-1-point"
+
+
+def test_rounding_errors_do_not_fill_an_axis():
+    made = steps()
+    for i, step in enumerate(made):
+        step["entropy/policy"] = 1.0 + 1e-7 * i
+    axes = figures.training_curves({"a": [made]}).axes[2]
+    low, high = axes.get_ylim()
+    assert axes.get_title().startswith("policy entropy") and high - low >= 0.01
+
+
+def test_labels_are_spread_out():
+    """In order, apart, inside, and as near as that allows: against a solver of such problems."""
+    for count in (1, 2, 3, 8, 19):
+        for _ in range(20):
+            places = RNG.random(count) ** 3
+            gap = 0.04
+            found = np.array(figures.spread_out(places, gap))
+            order = np.argsort(places)
+            assert (np.diff(found[order]) >= gap - 1e-9).all()
+            assert found.min() >= -1e-9 and found.max() <= 1 + 1e-9
+            matrix = np.eye(count)
+            inside = optimize.LinearConstraint(matrix, 0, 1)
+            apart = [optimize.LinearConstraint(np.diff(matrix, axis=0), gap, np.inf)]
+            best = optimize.minimize(
+                lambda x, wanted=places[order]: ((x - wanted) ** 2).sum(),
+                np.linspace(0, 1, count),
+                constraints=[inside, *(apart if count > 1 else [])],
+                method="SLSQP",
+                options={"ftol": 1e-12},
+            )
+            np.testing.assert_allclose(found[order], best.x, atol=1e-4)
+    np.testing.assert_allclose(np.diff(figures.spread_out([0.5] * 41, 0.1)), 1 / 40)
 
 
 def test_reward_against_entropy_names_the_fit():
@@ -79,8 +123,8 @@ def test_reward_against_entropy_names_the_fit():
 def test_the_scatter_has_every_row_and_the_front(seeds):
     rows = table.normalise([row("a", 1, 3, seeds), row("b", 2, 2, seeds), row("c", 1, 1, seeds)])
     figure = figures.quality_diversity(rows)
-    labels = figure.legends[0].get_texts()
-    assert [text.get_text() for text in labels] == ["Pareto front", "a", "b", "c"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b", "c"]
+    assert figure.axes[0].get_legend().get_texts()[0].get_text() == "Pareto front"
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     assert buffer.getvalue().startswith(b"\x89PNG")
@@ -88,7 +132,7 @@ def test_the_scatter_has_every_row_and_the_front(seeds):
 
 def test_labels_are_drawn_as_they_are(recwarn):
     """What matplotlib takes for formulas, escapes and names to hide."""
-    names = [r"$\frac{1}{$", "$x$", r"\$5", "_hidden", "%s {0}", "x" * 200]
+    names = [r"$\frac{1}{$", "$x$", r"\$5", "_hidden", "%s {0}", "x" * 34]
     rows = table.normalise([row(name, i, -i) for i, name in enumerate(names)])
     drawn = {name: [steps()] for name in names}
     for figure in (
@@ -97,7 +141,7 @@ def test_labels_are_drawn_as_they_are(recwarn):
         figures.reward_entropy(drawn),
     ):
         figure.savefig(io.BytesIO(), format="png", dpi=30)
-    texts = figures.quality_diversity(rows).legends[0].get_texts()[1:]
+    texts = figures.quality_diversity(rows).axes[0].texts
     shown = [figures._shown(name) for name in names]
     assert [text.get_text() for text in texts] == shown
     # What matplotlib makes of them in the end, which only its renderer says.
