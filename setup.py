@@ -65,6 +65,7 @@ EXTRAS = {
         "mkdocstrings[python]>=1.0,<2",  # likewise
         "beartype>=0.20",  # checks those annotations while the tests run
         "vendi-score==0.0.3",  # oracle of the Vendi score
+        "hypothesis>=6.100",  # damages the files of the fuzzing tests
         "nbclient>=0.10",  # executes the notebooks
         "ipykernel>=6.29",  # likewise
         "pytest>=8",

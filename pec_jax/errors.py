@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import logging
 
+LONGEST = 3000  # characters of a sentence
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -97,8 +98,23 @@ def exit_on_user_error() -> Iterator[None]:
 
 def report(sentence: str) -> int:
     """Prints `Error: ...`; returns the exit status of a mistake, 2."""
-    print(f"Error: {sentence}", file=sys.stderr)
+    print(f"Error: {shown(sentence)}", file=sys.stderr)
     return 2
+
+
+def shown(text: str) -> str:
+    """A text that may hold parts of somebody else's file, as a terminal can show it.
+
+    What is no printable character, and would move the cursor or colour what follows, is replaced;
+    the middle of a text that is longer than LONGEST is left out.
+    """
+    clean = "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+    if len(clean) <= LONGEST:
+        return clean
+    half = LONGEST // 2
+    return f"{clean[:half]} [{len(clean) - 2 * half} characters] {clean[-half:]}"
 
 
 def is_disk_full(error: BaseException | None) -> bool:

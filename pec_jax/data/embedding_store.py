@@ -67,7 +67,8 @@ class EmbeddingStore:
         self._local: dict[int, Path] = {}  # part -> its file on this machine
         index = read_json(self.directory / INDEX)
         prompts = index.get("prompts")
-        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        listed = isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
+        if not listed or not prompts:
             raise WeightsError(f"{self.directory / INDEX}: has no list of prompts; embed anew")
         self.fingerprint = str(index.get("fingerprint"))
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}

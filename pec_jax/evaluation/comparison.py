@@ -10,6 +10,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from pec_jax import io
+from pec_jax.errors import RunError
 from pec_jax.evaluation import charts, figures, table
 from pec_jax.evaluation.csv_rows import rows_from_csv
 from pec_jax.evaluation.report import Grids, write_report
@@ -34,10 +35,23 @@ def compare_csv(path: epath.Path, out: epath.Path) -> list[Row]:
     Raises:
         RunError: as `csv_rows.rows_from_csv` and `table.normalise`.
     """
-    rows = table.normalise(rows_from_csv(path))
+    rows = rows_of_csv(path)
     drawn = {"quality_diversity": figures.quality_diversity(rows)}
     _write(rows, drawn, {}, [f"From {path.name}."], out)
     return rows
+
+
+def rows_of_csv(path: epath.Path) -> list[Row]:
+    """The normalised rows of a csv.
+
+    Raises:
+        RunError: as `compare_csv`; the message names the file.
+    """
+    rows = rows_from_csv(path)
+    try:
+        return table.normalise(rows)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
 
 
 def compare_runs(directories: Sequence[epath.Path], out: epath.Path) -> list[Row]:

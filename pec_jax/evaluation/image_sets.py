@@ -26,6 +26,15 @@ LISTING = "images.jsonl"
 PER_FOLDER = "metadata.jsonl"
 MAX_SIDE = 16384  # pixels
 
+# What Pillow raises of a damaged file; of a PNG also SyntaxError.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
@@ -96,7 +105,7 @@ def image_size(image_set: ImageSet, number: int) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise PromptError(f"{path}: not an image that can be read ({error}).") from error
     if max(width, height) > MAX_SIDE:
         raise PromptError(f"{path}: {width} x {height} pixels; at most {MAX_SIDE} a side are read.")
@@ -107,7 +116,7 @@ def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise PromptError(f"{path}: not an image that can be read ({error}).") from error
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pec_jax.errors import FileError
+
 
 def read_steps(path: Path) -> list[dict[str, float]]:
     """The training lines of a `metrics.jsonl`, in order; evaluations are left out.
 
     Numbers that were not finite, which JSON cannot hold, come back as such.
+
+    Raises:
+        FileError: a line that holds something else than numbers by name.
     """
     return [line for line in _lines(path) if "reward/mean" in line]
 
@@ -27,5 +32,13 @@ def read_evaluations(directory: Path) -> list[dict[str, float]]:
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [{name: float(value) for name, value in line.items()} for line in lines]
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            found.append({name: float(value) for name, value in json.loads(line).items()})
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise FileError(
+                f"{path}, line {number}: not a JSON object of numbers ({error}); if the run is not "
+                "finished, resume it, which drops torn lines"
+            ) from error
+    return found

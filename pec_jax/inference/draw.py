@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -113,7 +112,9 @@ def initial_latents(request: Request, count: int, shape: tuple[int, ...]) -> Arr
     try:
         # Mapped: a header that promises more than the file holds is refused, and not allocated.
         stored = np.load(io.local_copy(path), mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header reaches Python's own tokenizer
         raise ValueError(f"{path} is not a .npy file of numbers: {error}") from None
     if not isinstance(stored, np.ndarray):
         raise ValueError(f"{path} is an .npz archive; save one array with numpy.save.")
