@@ -151,7 +151,8 @@ def test_export_and_sample_with_it(runs):
     root, alone, _ = runs
     finish(start(root, "export", f"--workdir={RUN}", "--kind=lora", "--out=gs://bucket/lora"))
     finish(start(root, "export", f"--workdir={alone}", "--kind=lora", f"--out={root / 'lora'}"))
-    (file,) = (root / "gs" / "bucket" / "lora").iterdir()
+    (file,) = (root / "gs" / "bucket" / "lora").glob("*.safetensors")
+    assert (file.parent / "README.md").is_file()  # the model card
     found, expected = load_file(file), load_file(root / "lora" / file.name)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -170,7 +171,7 @@ def test_compare(runs):
     finish(start(root, "compare", str(alone), f"--out={root / 'comparison'}"))
     found = root / "gs" / "bucket" / "comparison"
     assert (found / "table.csv").read_bytes() == (root / "comparison" / "table.csv").read_bytes()
-    assert "data:image/png" in (found / "report.html").read_text()
+    assert "data:image/webp" in (found / "report.html").read_text()
 
 
 def test_a_model_directory_in_a_bucket(runs):
