@@ -99,7 +99,7 @@ def stop_once(lab: Lab, rng: random.Random, place: Path) -> Outcome:
 
 
 def stop_twice(lab: Lab, rng: random.Random, place: Path) -> Outcome:
-    """The same signal again within a second: at once, without a checkpoint."""
+    """The same signal twice within a second: it ends at once, without a checkpoint."""
     process, which = lab.start(place), _signal(rng)
     after, again = rng.uniform(0, _duration(lab)), rng.uniform(0, 1)
     _send_after(process, which, after)
@@ -171,7 +171,7 @@ def damaged_checkpoint(lab: Lab, rng: random.Random, place: Path) -> Outcome:
 
 
 def damaged_checkpoints(lab: Lab, rng: random.Random, place: Path) -> Outcome:
-    """The same of all checkpoints."""
+    """A file of each checkpoint is damaged likewise."""
     lab.halfway(place)
     details = []
     for step in sorted((place / "checkpoints").iterdir()):
@@ -240,7 +240,7 @@ def one_of_two(lab: Lab, rng: random.Random, place: Path) -> Outcome:
 
 
 def one_of_four(lab: Lab, rng: random.Random, place: Path) -> Outcome:
-    """One of four."""
+    """One of four processes that train together is killed."""
     return _one_of(4, lab, rng, place)
 
 

@@ -91,12 +91,13 @@ class Ended:
 
 
 class Process:
-    """A run's process; what it prints goes to a file beside the run's directory."""
+    """A run's process; what it prints goes to a file."""
 
     _numbers = itertools.count()
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]):
         self._log = log.with_name(f"{log.name}.{next(self._numbers)}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("w") as file:
             self.popen = subprocess.Popen(
                 command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **environment}
@@ -164,7 +165,8 @@ class Lab:
             "PEC_JAX_CACHE": str(self.scratch / "cache"),
             "JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled"),
         }
-        return Process(command, workdir, {**common, **environment})
+        log = self.scratch / "logs" / "_".join(workdir.relative_to(self.scratch).parts)
+        return Process(command, log, {**common, **environment})
 
     def start_several(self, workdir: Path, count: int) -> list[Process]:
         """`count` processes of one device each, which train together."""
@@ -264,7 +266,13 @@ def _state(workdir: Path) -> dict[str, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
-    path = workdir / "checkpoints" / str(LENGTH) / "state"
-    tree = ocp.StandardCheckpointer().restore(path.absolute())
+    path = (workdir / "checkpoints" / str(LENGTH) / "state").absolute()
+    checkpointer = ocp.PyTreeCheckpointer()
+    # As NumPy, wherever it was: runs of several processes have other devices than this one.
+    kinds = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        checkpointer.metadata(path).item_metadata.tree,
+    )
+    tree = checkpointer.restore(path, restore_args=kinds)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

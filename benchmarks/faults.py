@@ -4,7 +4,7 @@ Small runs of the embedded model are killed, stopped, starved of disk and damage
 times, at moments that follow from a seed. After each fault the same command runs again, and either
 the run ends as one that was left alone, every iteration once and every number bit for bit, or the
 damage is answered with a sentence. Whatever has been tried is not tried again: the campaign can be
-stopped, and goes on. `faults.jsonl` has a line per fault, `table.md` a row per kind.
+stopped, and goes on. `faults.jsonl` has a line per fault, `table.txt` a row per kind.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import os
 import random
 import shutil
 import sys
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,7 +30,7 @@ from benchmarks.fault_kinds import KINDS, RESUMED, TOLD, FaultError
 from benchmarks.fault_runs import Lab
 
 _SCRATCH = flags.DEFINE_string("scratch", None, "Directory for the runs.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Directory of faults.jsonl and table.md.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Directory of faults.jsonl and table.txt.", required=True)
 _JOBS = flags.DEFINE_integer("jobs", 2, "Faults at a time.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "From which all moments and choices follow.")
 _QUICK = flags.DEFINE_bool("quick", False, "A few faults of most kinds, in minutes.")
@@ -52,6 +53,8 @@ class Fault:
 
 def main(argv: Sequence[str]) -> None:
     """Tries what has not been tried, and writes the table; status 1 if anything failed."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # also of this process, which reads checkpoints
+    logging.set_verbosity(logging.ERROR)  # of orbax
     out, scratch = Path(_OUT.value), Path(_SCRATCH.value).absolute()
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "faults.jsonl"
@@ -60,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(done)} faults tried before, {len(faults)} to go.", flush=True)
     _try_all(Lab(scratch), faults, lines)
     results = _read(lines)
-    (out / "table.md").write_text(table(results), encoding="utf-8")
+    (out / "table.txt").write_text(table(results), encoding="utf-8")
     print(table(results))
     failed = [record for record in results.values() if record["result"] not in (RESUMED, TOLD)]
     for record in failed:
@@ -103,10 +106,9 @@ def _try(lab: Lab, fault: Fault) -> dict[str, object]:
     except (FaultError, OSError) as error:
         return record | {"result": f"FAILED: {error}", "detail": "", "phase": "", "seconds": 0.0}
     for path in place.parent.glob(f"{fault.name}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (lab.scratch / "logs").glob(f"faults_{fault.name}*"):
+        path.unlink()
     return record | dataclasses.asdict(outcome)
 
 

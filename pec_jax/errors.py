@@ -32,7 +32,7 @@ def quiet_libraries() -> None:
 
     def ours(record: std_logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, RunError) or is_disk_full(error):
+        if isinstance(error, RunError | OSError) or is_disk_full(error):
             return logging.get_verbosity() >= logging.DEBUG  # it comes here, as a sentence
         return record.levelno >= std_logging.WARNING or record.pathname.startswith(here)
 
@@ -76,6 +76,10 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says why and what to do."""
 
 
+class SaveError(RunError):
+    """A checkpoint that could not be written; threads of orbax may wait for it for minutes."""
+
+
 class FileError(ValueError):
     """A file that cannot be used; the message names it and says what to do."""
 
@@ -93,7 +97,11 @@ def exit_on_user_error() -> Iterator[None]:
         mendable = mendable or _is_of_storage(error) or is_disk_full(error)
         if not mendable or logging.get_verbosity() >= logging.DEBUG:
             raise
-        sys.exit(report(_sentence(error)))
+        status = report(_sentence(error))
+        if isinstance(error, SaveError):
+            sys.stdout.flush()
+            os._exit(status)  # without waiting for those threads
+        sys.exit(status)
 
 
 def report(sentence: str) -> int:

@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from pec_jax import io
-from pec_jax.errors import RunError, is_disk_full
+from pec_jax.errors import RunError, SaveError, is_disk_full
 from pec_jax.types import PyTree, TrainState
 
 _LISTED = 3  # arrays that a message names
@@ -45,28 +45,38 @@ class OtherModelError(CheckpointError):
 
 
 @contextlib.contextmanager
-def told_when_full(run: epath.Path, checkpoints: epath.Path) -> Iterator[None]:
-    """Says of a disk that is full which checkpoint is safe.
+def told_when_unwritable(run: epath.Path, checkpoints: epath.Path) -> Iterator[None]:
+    """Says of a disk that is full, or a place that cannot be written, which checkpoint is safe.
 
     Args:
       run: the directory that is written to.
       checkpoints: where they lie.
 
     Raises:
-      RunError: in the place of whatever a full disk has led to.
+      SaveError: in the place of whatever that has led to.
     """
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):
+        full = is_disk_full(error)
+        if not full and not _concerns(error, checkpoints):
             raise
         # Orbax renames what it has written whole.
         names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
         steps = [int(name) for name in names if name.isdecimal()]
         safe = f"Checkpoint {max(steps)} is safe" if steps else "No checkpoint was written yet"
-        raise RunError(
-            f"the disk of {run} is full. {safe}: free space, and the same command goes on."
-        ) from error
+        if full:
+            what, remedy = f"the disk of {run} is full", "free space"
+        else:
+            reason = getattr(error, "strerror", None) or error
+            what, remedy = f"{checkpoints} cannot be written ({reason})", "mend that"
+        raise SaveError(f"{what}. {safe}: {remedy}, and the same command goes on.") from error
+
+
+def _concerns(error: Exception, directory: epath.Path) -> bool:
+    """Whether an error is about a file there."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, str) and epath.Path(name).is_relative_to(directory)
 
 
 class Restored(NamedTuple):

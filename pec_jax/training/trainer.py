@@ -40,7 +40,7 @@ from pec_jax.training.build import (
     build,
     stream_key,
 )
-from pec_jax.training.checkpoint import Checkpointer, OtherModelError, told_when_full
+from pec_jax.training.checkpoint import Checkpointer, OtherModelError, told_when_unwritable
 from pec_jax.training.evaluator import Evaluation, Evaluator
 from pec_jax.training.metric_writer import MetricWriter, make_writer
 from pec_jax.training.progress import Lines, make_progress
@@ -84,7 +84,7 @@ def train(
         run = _Run(experiment, directory, mesh, log)
         with (
             mesh_lib.active(mesh, config),
-            told_when_full(directory.path, directory.checkpoints),
+            told_when_unwritable(directory.path, directory.checkpoints),
             told_by_name(),
             processes.stop_requests() as stop,
         ):

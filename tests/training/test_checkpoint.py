@@ -21,7 +21,7 @@ from pec_jax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
     OtherModelError,
-    told_when_full,
+    told_when_unwritable,
 )
 from tests.conftest import ROOT, tree_hash
 
@@ -171,7 +171,7 @@ from pathlib import Path
 from absl import logging
 from etils import epath
 from pec_jax.errors import exit_on_user_error, quiet_libraries
-from pec_jax.training.checkpoint import Checkpointer, told_when_full
+from pec_jax.training.checkpoint import Checkpointer, told_when_unwritable
 from tests.training.test_checkpoint import make_state
 
 run, limit_before_step = epath.Path(sys.argv[1]), int(sys.argv[2])
@@ -179,7 +179,7 @@ logging.use_absl_handler()  # as app.run does
 quiet_libraries()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpointer = Checkpointer(run / "checkpoints", keep=5)
-with exit_on_user_error(), told_when_full(run, run / "checkpoints"):
+with exit_on_user_error(), told_when_unwritable(run, run / "checkpoints"):
     for step in (1, 2, 3):
         if step == limit_before_step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -209,9 +209,12 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_is_safe(tmp_path, step, 
 
 
 def test_other_errors_are_not_of_a_full_disk(tmp_path):
-    with pytest.raises(OSError, match="denied"), told_when_full(tmp_path, tmp_path / "none"):
+    with pytest.raises(OSError, match="denied"), told_when_unwritable(tmp_path, tmp_path / "none"):
         raise PermissionError(errno.EACCES, "denied")
-    with pytest.raises(RunError, match="No checkpoint"), told_when_full(tmp_path, tmp_path / "no"):
+    with (
+        pytest.raises(RunError, match="No checkpoint"),
+        told_when_unwritable(tmp_path, tmp_path / "no"),
+    ):
         try:
             raise OSError(errno.EDQUOT, "quota")
         except OSError as error:
