@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import pytest
 
@@ -44,3 +46,21 @@ def test_an_unknown_model_is_answered_with_the_known_ones(small_config):
 def test_an_unknown_chip_is_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"'v5' ?.*v5e, v5p"):
         aot.topology_devices("v5:4x4")
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [("v5e:1x1", [1, 1, 1]), ("v5p:1x1x1", [1, 1, 1]), ("v5e:4x4", None), ("v5e:1x16", None)],
+)
+def test_a_single_chip_is_a_host_of_its_own(monkeypatch, name, bounds):
+    """libtpu divides by four chips to a host and fails; seen with libtpu 0.0.42."""
+    asked = {}
+
+    def described(topology, **options):
+        asked.update(options, name=topology)
+        return types.SimpleNamespace(devices=["chip"])
+
+    monkeypatch.setattr(aot.topologies, "get_topology_desc", described)
+    devices, _ = aot.topology_devices(name)
+    assert devices == ["chip"] and asked["name"] == name
+    assert asked.get("chips_per_host_bounds") == bounds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -53,6 +54,9 @@ class Arguments:
     key: jax.ShapeDtypeStruct
 
 
+_SINGLE_CHIP = re.compile(r"\w+:1(x1){1,2}")
+
+
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """A train step, compiled.
@@ -79,8 +83,10 @@ def topology_devices(name: str) -> tuple[list[Any], Chip]:
     kind = name.partition(":")[0]
     if kind not in CHIPS:
         raise ConfigError("--topology: " + unknown("chip", kind, CHIPS))
+    # libtpu counts four chips to a host, of which a single one is not a multiple.
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if _SINGLE_CHIP.fullmatch(name) else {}
     try:
-        topology = topologies.get_topology_desc(name, platform="tpu")
+        topology = topologies.get_topology_desc(name, platform="tpu", **alone)
     except Exception as error:  # libtpu is missing, or knows no such topology
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
