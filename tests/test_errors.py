@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pec_jax.errors import has_tpu
+from pec_jax.errors import LONGEST, has_tpu, shown
 
 
 def pci(root, vendor, kind):
@@ -61,3 +61,50 @@ def test_libtpu_is_silent_where_there_is_no_tpu(ask):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert (run.returncode, run.stderr) == (0, "")
+
+
+class TestShown:
+    def test_what_moves_the_cursor_is_replaced(self):
+        assert shown("a\x1b[31m\x07\r\n\N{SNOWMAN}") == "a�[31m��\n\N{SNOWMAN}"
+
+    def test_of_a_long_text_the_ends_are_left(self):
+        text = "a" * LONGEST + "b" * LONGEST
+        assert shown("a" * LONGEST) == "a" * LONGEST
+        assert (
+            shown(text) == f"{text[: LONGEST // 2]} [{LONGEST} characters] {text[-LONGEST // 2 :]}"
+        )
+
+    def test_lone_surrogates_can_be_printed(self):
+        assert shown("\udcff").encode() == "�".encode()
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_save_that_failed_ends_though_a_thread_waits():
+    """As those of orbax, for what will not come."""
+    code = (
+        "import threading, time\n"
+        "from pec_jax.errors import SaveError, exit_on_user_error\n"
+        "threading.Thread(target=time.sleep, args=(3600,)).start()\n"
+        "with exit_on_user_error():\n"
+        "    raise SaveError('no room')"
+    )
+    done = python(code)
+    assert (done.returncode, done.stderr) == (2, "Error: no room\n")
+
+
+def test_traces_of_libraries_for_what_is_said_in_a_sentence_are_left_out():
+    code = (
+        "from absl import logging; logging.use_absl_handler()\n"
+        "from pec_jax.errors import quiet_libraries; quiet_libraries()\n"
+        "for error in (OSError(30, 'Read-only'), ValueError('a bug')):\n"
+        "    try:\n"
+        "        raise error\n"
+        "    except Exception:\n"
+        "        logging.exception('failed')"
+    )
+    assert python(code).stderr.count("Traceback") == 1

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from pec_jax.config.registry import CONSTRAINTS, OBJECTIVES
-from pec_jax.errors import RunError
+from pec_jax.errors import RunError, SaveError
 from pec_jax.rl.composition import Constraints
 from pec_jax.rl.train_step import initial_state
 from pec_jax.training.checkpoint import (
@@ -219,3 +220,16 @@ def test_other_errors_are_not_of_a_full_disk(tmp_path):
             raise OSError(errno.EDQUOT, "quota")
         except OSError as error:
             raise RuntimeError("of a library") from error
+
+
+def test_a_place_that_cannot_be_written_says_what_is_safe(tmp_path):
+    checkpoints = epath.Path(tmp_path / "checkpoints")
+    for name in ("2", "4", "6.orbax-checkpoint-tmp"):
+        (checkpoints / name).mkdir(parents=True)
+    error = OSError(errno.EROFS, "Read-only file system", str(checkpoints / "6.x" / "state"))
+    sentence = r"checkpoints cannot be written \(Read-only file system\)\. Checkpoint 4 is safe"
+    with pytest.raises(SaveError, match=sentence), told_when_unwritable(tmp_path, checkpoints):
+        raise error
+    elsewhere = OSError(errno.EROFS, "Read-only file system", str(tmp_path / "metrics.jsonl"))
+    with pytest.raises(OSError, match="metrics"), told_when_unwritable(tmp_path, checkpoints):
+        raise elsewhere
