@@ -29,14 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.fault_kinds import KINDS, RESUMED, TOLD, FaultError
 from benchmarks.fault_runs import Lab
 
-_SCRATCH = flags.DEFINE_string("scratch", None, "Directory for the runs.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Directory of faults.jsonl and table.txt.", required=True)
-_JOBS = flags.DEFINE_integer("jobs", 2, "Faults at a time.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "From which all moments and choices follow.")
-_QUICK = flags.DEFINE_bool("quick", False, "A few faults of most kinds, in minutes.")
-_ONLY = flags.DEFINE_list("only", [], "Kinds; all by default.")
-_MINUTES = flags.DEFINE_float("minutes", 0.0, "No fault is begun after so many; 0 is no end.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
@@ -59,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "faults.jsonl"
     done = _read(lines)
-    faults = [fault for fault in _plan() if (fault.kind, fault.number) not in done]
+    faults = [
+        fault for fault in plan(_ONLY.value, _QUICK.value) if (fault.kind, fault.number) not in done
+    ]
     print(f"{len(done)} faults tried before, {len(faults)} to go.", flush=True)
     _try_all(Lab(scratch), faults, lines)
     results = _read(lines)
@@ -71,9 +65,14 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(bool(failed))
 
 
-def _plan() -> list[Fault]:
-    """The kinds in turn, so that a campaign that is stopped early has tried a little of all."""
-    chosen = {kind: KINDS[kind][1 + _QUICK.value] for kind in _ONLY.value or KINDS}
+def plan(only: Sequence[str] = (), quick: bool = False) -> list[Fault]:
+    """The kinds in turn, so that a campaign that is stopped early has tried a little of all.
+
+    Args:
+        only: kinds; all if there are none.
+        quick: a few of most.
+    """
+    chosen = {kind: KINDS[kind][1 + quick] for kind in only or KINDS}
     most = max(chosen.values())
     return [Fault(k, i) for i in range(most) for k, count in chosen.items() if i < count]
 
@@ -147,4 +146,13 @@ def table(results: Mapping[tuple[str, int], Mapping[str, object]]) -> str:
 
 
 if __name__ == "__main__":
+    _SCRATCH = flags.DEFINE_string("scratch", None, "Directory for the runs.", required=True)
+    _OUT = flags.DEFINE_string(
+        "out", None, "Directory of faults.jsonl and table.txt.", required=True
+    )
+    _JOBS = flags.DEFINE_integer("jobs", 2, "Faults at a time.", lower_bound=1)
+    _SEED = flags.DEFINE_integer("seed", 0, "From which all moments and choices follow.")
+    _QUICK = flags.DEFINE_bool("quick", False, "A few faults of most kinds, in minutes.")
+    _ONLY = flags.DEFINE_list("only", [], "Kinds; all by default.")
+    _MINUTES = flags.DEFINE_float("minutes", 0.0, "No fault is begun after so many; 0 is no end.")
     app.run(main)
