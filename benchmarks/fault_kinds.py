@@ -167,7 +167,8 @@ def vanished(lab: Lab, rng: random.Random, place: Path) -> Outcome:
 def damaged_checkpoint(lab: Lab, rng: random.Random, place: Path) -> Outcome:
     """A file of the newest checkpoint is truncated, emptied, missing, or has a bit flipped."""
     lab.halfway(place)
-    return _with_damage(lab, rng, place, place / "checkpoints" / str(HALF))
+    newest = place / "checkpoints" / str(HALF)
+    return _resumed_or_told(lab, place, damage(rng, rng.choice(_files(newest))))
 
 
 def damaged_checkpoints(lab: Lab, rng: random.Random, place: Path) -> Outcome:
@@ -296,10 +297,6 @@ def damage(rng: random.Random, path: Path) -> str:
     else:
         path.write_bytes(data[: len(data) // 2] if how == "truncated" else b"")
     return f"{path.relative_to(path.parents[1])} {how}"
-
-
-def _with_damage(lab: Lab, rng: random.Random, place: Path, directory: Path) -> Outcome:
-    return _resumed_or_told(lab, place, damage(rng, rng.choice(_files(directory))))
 
 
 def _files(directory: Path) -> list[Path]:

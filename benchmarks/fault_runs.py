@@ -75,19 +75,13 @@ class Ended:
     def phase(self) -> str:
         """How far it came."""
         marks = {
-            "training": '"',
-            "evaluating the base model": "Evaluating the base model",
-            "compiling": "Compiling the train step",
-            "resuming": "Resuming after",
+            "Held-out evaluation": "at the end",
+            f" of {LENGTH}: ": "training",
+            "Samples:": "training",
+            "Compiling the train step": "compiling",
+            "Resuming after": "resuming",
         }
-        if "Held-out evaluation" in self.output:
-            return "at the end"
-        if "iteration " in self.output or "Samples:" in self.output:
-            return "training"
-        for phase, text in marks.items():
-            if phase != "training" and text in self.output:
-                return phase
-        return "starting"
+        return next((phase for text, phase in marks.items() if text in self.output), "starting")
 
 
 class Process:

@@ -54,18 +54,21 @@ def write_report(
         One self-contained HTML document.
     """
     style, script = ((ASSETS / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    shown = [row.label for row in leaders(rows) if row is not None and row.label in grids]
+    shown = list(dict.fromkeys(shown))
     parts = [
         "<h1>pec_jax: comparison</h1>",
         f'<p class="verdict">{html.escape(verdict(rows))}</p>',
         *(f'<p class="quiet">{html.escape(note)}</p>' for note in notes),
-        _side_by_side(rows, grids),
+        _side_by_side({label: grids[label] for label in shown}),
         "<h2>Table</h2>",
         f'<div class="wide">{_table(rows)}</div>',
         _definitions(rows),
     ]
     for title, svg in charts.items():
         parts.append(f'<h2>{html.escape(title)}</h2><div class="chart">{svg}</div>')
-    parts += [_all_grids(grids), '<div id="tip" hidden></div>', _data("labels", rows)]
+    others = {label: steps for label, steps in grids.items() if label not in shown}
+    parts += [_last_grids(others), '<div id="tip" hidden></div>', _labels(rows)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
@@ -84,22 +87,19 @@ def _policy(script: str) -> str:
     )
 
 
-def _data(name: str, rows: Sequence[Row]) -> str:
+def _labels(rows: Sequence[Row]) -> str:
     """The labels of the rows as JSON that ends no script element."""
     text = json.dumps([row.label for row in rows]).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>'
+    return f'<script type="application/json" id="labels">{text}</script>'
 
 
-def _side_by_side(rows: Sequence[Row], grids: Grids) -> str:
+def _side_by_side(grids: Grids) -> str:
     """The base model, the objective alone and the best, with a slider over their training."""
-    shown = list(
-        dict.fromkeys(row.label for row in leaders(rows) if row is not None and row.label in grids)
-    )
-    if not shown:
+    if not grids:
         return ""
-    chosen = {label: _some(sorted(grids[label])) for label in shown}
+    chosen = {label: _some(sorted(found)) for label, found in grids.items()}
     steps = sorted(set().union(*chosen.values()))
-    figures = "".join(_figure(label, grids[label], chosen[label]) for label in shown)
+    figures = "".join(_figure(label, grids[label], chosen[label]) for label in grids)
     slider = ""
     if len(steps) > 1:
         slider = (
@@ -131,8 +131,8 @@ def _figure(label: str, grids: Mapping[int, epath.Path], steps: Sequence[int]) -
     )
 
 
-def _all_grids(grids: Grids) -> str:
-    """The last grid of every row."""
+def _last_grids(grids: Grids) -> str:
+    """The last grid of every row that is not shown above."""
     if not grids:
         return ""
     cells = [
@@ -141,7 +141,7 @@ def _all_grids(grids: Grids) -> str:
         for label, steps in grids.items()
     ]
     return (
-        "<h2>All samples</h2><details><summary>The last grid of each row</summary>"
+        "<h2>More samples</h2><details><summary>The last grid of each other row</summary>"
         f'<div class="grids">{"".join(cells)}</div></details>'
     )
 
@@ -201,7 +201,7 @@ def _definitions(rows: Sequence[Row]) -> str:
 
 
 def _embedded(path: epath.Path) -> str:
-    """An image file as a `data:` address, as WebP, which is a third of a PNG."""
+    """An image file as a `data:` address, as WebP, which is smaller than a PNG."""
     buffer = BytesIO()
     with Image.open(BytesIO(path.read_bytes())) as image:
         image.convert("RGB").save(buffer, format="webp", quality=88)

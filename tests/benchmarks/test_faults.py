@@ -58,7 +58,9 @@ def test_a_difference_is_seen(campaign, tmp_path):
 
 
 def test_every_kind_has_its_number_and_says_what_it_does():
-    assert sum(whole for _, whole, _ in fault_kinds.KINDS.values()) >= 300
+    count = sum(whole for _, whole, _ in fault_kinds.KINDS.values())
+    assert count >= 300
+    assert f"has {count} faults" in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     for function, _, _ in fault_kinds.KINDS.values():
         assert function.__doc__
 

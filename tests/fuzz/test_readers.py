@@ -14,9 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
+from tests.fuzz import watch
 from tests.fuzz.mutations import Edit, apply, edits
 from tests.fuzz.readers import READERS
 from tests.fuzz.watch import watched
@@ -68,11 +70,13 @@ def test_damaged_files_are_answered(name, original, record_property):
     print(f"{name}: {tried} examples")
 
 
-def test_the_watch_sees_what_is_not_allowed(tmp_path):
+def test_the_watch_sees_what_is_not_allowed(tmp_path, monkeypatch):
     """Each by an example that must be caught."""
     import subprocess
 
     from tests.fuzz.watch import NotAllowedError
+
+    monkeypatch.setattr(watch, "SECONDS", 1)
 
     def elsewhere() -> None:
         Path("/etc/hostname").read_bytes()
@@ -86,11 +90,13 @@ def test_the_watch_sees_what_is_not_allowed(tmp_path):
     def nameless() -> None:
         raise ValueError("bad")
 
-    def loops() -> None:
-        time.sleep(0.1)
-        raise NotAllowedError("more than")
+    def hangs() -> None:
+        time.sleep(60)
 
-    for action in (elsewhere, writes, starts, nameless, loops):
+    def swells() -> None:
+        np.ones(2 * watch.MEMORY, np.uint8).sum()
+
+    for action in (elsewhere, writes, starts, nameless, hangs, swells):
         with pytest.raises(NotAllowedError), watched(tmp_path):
             action()
     with watched(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import signal
 import sys
 import sysconfig
@@ -70,7 +69,8 @@ def watched(place: Path) -> Iterator[None]:
     if not _AUDIT:
         _AUDIT.append(_Audit())
     audit = _AUDIT[0]
-    before = _memory()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _peak()
     previous = signal.signal(signal.SIGALRM, _too_late)
     signal.alarm(SECONDS)
     audit.forbidden, audit.place = [], Path(os.path.realpath(place))
@@ -84,12 +84,14 @@ def watched(place: Path) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
     if audit.forbidden:
         raise NotAllowedError("; ".join(audit.forbidden))
-    if _memory() - before > MEMORY:
-        raise NotAllowedError(f"{(_memory() - before) / 2**20:.0f} MB of memory")
+    if (grown := _peak() - before) > MEMORY:
+        raise NotAllowedError(f"{grown / 2**20:.0f} MB of memory")
 
 
-def _memory() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _peak() -> int:
+    """The most memory of this process since the peak was reset, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def _too_late(number: int, frame: object) -> None:

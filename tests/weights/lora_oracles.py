@@ -23,6 +23,8 @@ PIPELINES = {"sd3": diffusers.StableDiffusion3Pipeline, "flux": diffusers.FluxPi
 TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 PARTS = {"sd3": ("vae", *TEXT, "text_encoder_3", "tokenizer_3"), "flux": ("vae", *TEXT)}
 
+LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k")  # of one LoRA
+
 
 def write(directory, family):
     """A tiny random transformer of a family."""

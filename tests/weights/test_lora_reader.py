@@ -15,27 +15,8 @@ from pec_jax.weights.lora_reader import read_lora
 from pec_jax.weights.tensors import WeightsError
 from tests.weights import lora_oracles as oracles
 
-Q, K = "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k"
+Q, K = oracles.LAYERS
 SEVERAL = ["to_q", "to_k", "net.0.proj", "norm1.linear", "proj_out"]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return oracles.write(tmp_path_factory.mktemp("sd3"), "sd3")
-
-
-@pytest.fixture(scope="module")
-def base(directory):
-    return oracles.numbers(oracles.model(directory, "sd3"))
-
-
-@pytest.fixture(scope="module")
-def tensors(base):
-    width = base[f"{Q}.weight"].shape[0]
-    found = {}
-    for module, (a, b) in oracles.factors(dict.fromkeys((Q, K), (width, width))).items():
-        found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-    return found
 
 
 def save(path, tensors, rename=lambda name: f"transformer.{name}"):

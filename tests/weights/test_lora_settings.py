@@ -14,27 +14,8 @@ from pec_jax.weights.lora_reader import read_lora
 from pec_jax.weights.tensors import WeightsError
 from tests.weights import lora_oracles as oracles
 
-LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k")
+LAYERS = oracles.LAYERS
 SETTINGS = {"r": 2, "lora_alpha": 6, "target_modules": list(LAYERS)}
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return oracles.write(tmp_path_factory.mktemp("sd3"), "sd3")
-
-
-@pytest.fixture(scope="module")
-def base(directory):
-    return oracles.numbers(oracles.model(directory, "sd3"))
-
-
-@pytest.fixture(scope="module")
-def tensors(base):
-    width = base[f"{LAYERS[0]}.weight"].shape[0]
-    found = {}
-    for module, (a, b) in oracles.factors(dict.fromkeys(LAYERS, (width, width))).items():
-        found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-    return found
 
 
 # What leaves the network's weights alone, and settings that PEFT fills in or does not look at.
