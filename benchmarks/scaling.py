@@ -9,15 +9,17 @@ and restarted. Minutes per row on two cores. Needs `pip install -e '.[tpu]'`.
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for this directory by its name
+
+from benchmarks.ahead import asked  # noqa: E402
+
 PAGE = ROOT / "docs" / "scaling.md"
 MARKS = ("<!-- table, made by benchmarks/scaling.py -->\n", "<!-- end -->")
 GROUPS_PER_CHIP = 3  # Flow-GRPO's 48 groups on 16 chips
@@ -83,23 +85,9 @@ def rows() -> list[Row]:
     return sorted((*sd3, large, *flux), key=lambda row: row.chips)
 
 
-def compiled(row: Row, results: Path) -> dict:
+def compiled(row: Row, results: Path) -> dict[str, Any]:
     """What `aot` says of a row, or said before."""
-    path = results / f"{row.name}.json"
-    if not path.exists():
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "pec_jax.aot", *row.command],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=(results / f"{row.name}.log").open("w"),
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(f"Error: {row.name} failed; see {results / row.name}.log")
-        path.write_bytes(done.stdout)
-        print(f"{row.name}: {time.perf_counter() - start:.0f} s", flush=True)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return asked(row.command, results / f"{row.name}.json")
 
 
 def cells(row: Row, found: dict) -> list[str]:
