@@ -9,6 +9,7 @@ from __future__ import annotations
 from absl import flags
 
 from pec_jax import command_line, io
+from pec_jax.config.user_file import import_plugins
 from pec_jax.errors import exit_on_user_error
 
 _WORKDIR = command_line.required_string("workdir", "The run whose newest checkpoint is exported.")
@@ -20,6 +21,7 @@ _USE_EMA = flags.DEFINE_bool("use_ema", True, "Export the averaged parameters, n
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of the tensors written."
 )
+command_line.define_plugin()
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +30,7 @@ def main(argv: list[str]) -> None:
     from pec_jax.inference import export  # imports jax; --help and typos need not wait
 
     with exit_on_user_error():
+        import_plugins(flags.FLAGS.plugin)  # a run's config may name what they register
         export.run(
             io.path(_WORKDIR.value),
             _KIND.value,

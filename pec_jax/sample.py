@@ -9,6 +9,7 @@ from __future__ import annotations
 from absl import app, flags
 
 from pec_jax import command_line, io
+from pec_jax.config.user_file import import_plugins
 from pec_jax.errors import exit_on_user_error
 
 _MODEL = flags.DEFINE_string(
@@ -80,6 +81,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 16, "Number of images drawn at once.", lower_bound=1
 )
 _OUT = command_line.required_string("out", "Directory to write to.")
+command_line.define_plugin()
 
 
 def main(argv: list[str]) -> None:
@@ -91,6 +93,7 @@ def main(argv: list[str]) -> None:
     from pec_jax.inference import draw
 
     with exit_on_user_error():
+        import_plugins(flags.FLAGS.plugin)  # a run's config may name what they register
         compilation.keep_programs()
         draw.run(
             draw.Request(

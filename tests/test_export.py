@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,7 +229,7 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, lora_run, monk
 
 def test_a_directory_that_is_no_run_is_answered(tmp_path, lora_run):
     exporting.run(lora_run, "transformer", tmp_path)
-    with pytest.raises(RunError, match=r"config\.json is not the config of a run"):
+    with pytest.raises(RunError, match=r"config\.json cannot be read: .* of another version"):
         exporting.run(tmp_path, "lora", tmp_path / "out")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(FileError, match=r"config\.json: not valid JSON"):
@@ -255,6 +256,30 @@ def test_a_mistake_is_one_sentence_and_status_2(tmp_path, lora_run, flags, words
     assert "Traceback" not in output
     for word in words:
         assert word in output
+
+
+PLUGIN = """
+from pec_jax.rewards import Reward, RewardOptions, register
+
+@register("warmth", RewardOptions)
+def warmth(options, networks):
+    return Reward("warmth", lambda variables, images, inputs: images.mean((-1, -2, -3)))
+"""
+
+
+def test_a_run_with_a_plugin_is_exported_with_it(tmp_path, lora_run):
+    run, plugin = tmp_path / "run", tmp_path / "warmth.py"
+    shutil.copytree(lora_run, run)
+    stored = json.loads((run / "config.json").read_text())
+    stored["rewards"]["warmth"] = {"weight": 0.5}
+    write_json(run / "config.json", stored)
+    plugin.write_text(PLUGIN)
+    flags = [f"--workdir={run}", "--kind=lora", f"--out={tmp_path / 'out'}"]
+    code, output = command(*flags)
+    assert code == 2 and "unknown reward 'warmth'" in output and "with --plugin" in output, output
+    code, output = command(*flags, f"--plugin={plugin}")
+    assert code == 0, output
+    assert "warmth" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_help_and_missing_flags():

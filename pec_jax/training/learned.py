@@ -127,7 +127,10 @@ def run_config(directory: epath.Path) -> Config:
     try:
         return from_config_dict(io.read_json(path))
     except ConfigError as error:
-        raise RunError(f"{path} is not the config of a run of this version: {error}") from None
+        raise RunError(
+            f"{path} cannot be read: {error} If it names what a plugin registers, give the plugin "
+            "as in training, with --plugin; or the run is of another version of pec_jax."
+        ) from None
 
 
 def learned_params(
