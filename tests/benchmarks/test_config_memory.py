@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+
 from benchmarks import config_memory
 from tests.conftest import EXHAUSTIVE, ROOT
 
