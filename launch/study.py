@@ -24,6 +24,7 @@ import jobs as runner
 import study_archive
 import study_claims
 from absl import app, flags
+from PIL import Image
 
 CONFIG = runner.ROOT / "configs" / "shapes_study.py"
 TUNED = runner.ROOT / "docs" / "results" / "study" / "tuned.json"
@@ -225,6 +226,17 @@ def show(jobs: Sequence[runner.Job], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     figures.spread_and_distance(runs, PANELS).savefig(out / "spread.png", dpi=110)
     copy_grids(jobs, out)
+    for name in ("base", *SHOWN.values()):
+        if (out / f"{name}.png").exists():
+            first_columns(out / f"{name}.png", out / f"{name}_detail.png")
+
+
+def first_columns(grid: Path, detail: Path, columns: int = 6) -> None:
+    """The left of a sample grid, twice as large: legible where three of them share a page."""
+    with Image.open(grid) as sheet:
+        cell = 66  # of 64 pixels and a gap, as metric_writer.image_grid has it
+        part = sheet.crop((0, 0, columns * cell + 2, sheet.height))
+        part.resize((2 * part.width, 2 * part.height), Image.Resampling.LANCZOS).save(detail)
 
 
 def _label(one: runner.Job) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from pec_jax.config.registry import CONSTRAINTS
 from pec_jax.config.schema import from_config_dict, to_dict
 from pec_jax.evaluation.table import Row, normalise
+from pec_jax.training.metric_writer import image_grid
 
 
 def shapes_study():
@@ -113,6 +115,17 @@ def test_the_first_seed_of_what_is_shown_draws_pictures(study, tmp_path):
     study.copy_grids(jobs, tmp_path)
     assert (tmp_path / "base.png").read_text().endswith(" 0")
     assert (tmp_path / "pec.png").read_text() == f"{drawing[-1].directory.name} 60"
+
+
+def test_the_detail_of_a_grid_is_its_first_columns(study, tmp_path):
+    images = np.linspace(0.0, 1.0, 2 * 9)[:, None, None, None] * np.ones((64, 64, 3))
+    image_grid(images.reshape(2, 9, 64, 64, 3), ["one", "two"]).save(tmp_path / "grid.png")
+    study.first_columns(tmp_path / "grid.png", tmp_path / "detail.png")
+    detail = np.asarray(Image.open(tmp_path / "detail.png"))
+    assert detail.shape == (2 * 166, 2 * 398, 3)
+    middles = detail[100, 2 * (2 + 32) :: 2 * 66, 0]
+    np.testing.assert_array_equal(middles, np.round(images[:6, 0, 0, 0] * 255))
+    assert detail[100, -2:].min() == 255  # a gap at the end as between them
 
 
 def test_the_best_values_come_first(study):

@@ -172,7 +172,8 @@ def test_a_run_without_a_checkpoint(run, pipeline):
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("{", "not valid JSON"), (json.dumps({"trainable": 1}), "of this version")]
+    ("text", "word"),
+    [("{", "not valid JSON"), (json.dumps({"trainable": 1}), "of another version")],
 )
 def test_a_run_whose_config_is_broken(run, text, word):
     (run[0] / "config.json").write_text(text)
