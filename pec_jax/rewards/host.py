@@ -21,7 +21,7 @@ from jax.experimental import io_callback
 
 from pec_jax.config import ConfigError
 from pec_jax.data.prompts import Prompt
-from pec_jax.distributed.mesh import on_shards
+from pec_jax.distributed.mesh import on_shards, platform
 from pec_jax.perception.preprocessing import to_uint8_levels
 from pec_jax.rewards.asking import TIMEOUT_SECONDS, ask
 from pec_jax.rewards.base import Job, Reward
@@ -200,7 +200,7 @@ def _check_threads(name: str, size: int) -> None:
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size // jax.process_count()
-    if jax.default_backend() != "cpu" or size <= COPIED_INLINE:
+    if platform() != "cpu" or size <= COPIED_INLINE:
         return
     # As the client sizes its pool.
     reserved = int(os.environ.get("NPROC") or 0)

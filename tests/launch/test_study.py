@@ -125,7 +125,7 @@ def test_the_detail_of_a_grid_is_its_first_columns(study, tmp_path):
     assert detail.shape == (2 * 166, 2 * 398, 3)
     middles = detail[100, 2 * (2 + 32) :: 2 * 66, 0]
     np.testing.assert_array_equal(middles, np.round(images[:6, 0, 0, 0] * 255))
-    assert detail[100, -1].min() == 255  # a gap at the end as between them
+    assert detail[100, -1].min() > 240  # white, as between two, but for the filter's ringing
 
 
 def test_the_best_values_come_first(study):

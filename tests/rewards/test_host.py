@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 
@@ -14,6 +15,7 @@ from jax.experimental import io_callback
 from pec_jax.config import ConfigError, from_config_dict
 from pec_jax.data.prompts import Prompt
 from pec_jax.distributed import mesh as sharding
+from pec_jax.rewards import host
 from pec_jax.rewards.host import decode_prompts, encode_prompts, host_reward
 from tests.conftest import on_eight_devices, small_config_dict
 
@@ -225,3 +227,21 @@ def test_a_mesh_of_cpu_devices_without_a_thread_to_spare_is_refused():
     refused, scores = on_eight_devices(large_images)
     assert "'judge' runs on the host, and 8 CPU device" in refused and "NPROC=9" in refused
     assert np.shape(scores) == (2, GROUPS, SIZE)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_only_a_program_for_cpus_wants_a_thread_to_spare(monkeypatch, platform):
+    """Whatever compiles it: `pec_jax.aot` does so on a CPU, for chips that are not there."""
+    monkeypatch.setattr(host, "platform", lambda: platform)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    monkeypatch.delenv("NPROC", raising=False)
+    reward = host_reward("judge", first_pixel_and_length)
+    images = jnp.zeros((1, 2, 256, 256, 3))
+    rows = jnp.asarray(encode_prompts([Prompt("a cat")]))
+    trace = functools.partial(jax.eval_shape, reward.score, {}, images, rows)
+    if platform == "tpu":
+        assert trace().shape == (1, 2)
+    else:
+        with pytest.raises(ConfigError, match="would occupy all 1 thread"):
+            trace()
