@@ -10,7 +10,7 @@ Bandwidth: 0.104, which the paper's own numbers imply. Its policy entropy of -0.
     H_perc = -0.84 + (variance / s^2 - 1) / 2. At the schedule's own noise scale (`bandwidth` 0),
     .709 here, the bonus would be 2% of the reward's spread.
     `constraint/pec/share` in the metrics says what it is in a run; training warns below 2%.
-Memory: ? of ? GB per chip on v5p:2x2x4 (compiled, not run).
+Memory: 12.08 of 102.8 GB per chip on v5p:2x2x4 (compiled, not run).
 Chips, cost, models, prompts, embeddings: see flux_grpo.py.
 Command: python -m pec_jax.main --config=configs/flux_pec.py --workdir=runs/flux_pec \\
     --config.prompts.embeddings=embeddings/flux

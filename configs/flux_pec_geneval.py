@@ -8,7 +8,7 @@ Reward: the rules of GenEval on what a detector finds; give the detector's serve
     --config.rewards.geneval.detector=in_process).
 Weight: 2.4 standard deviations of the rewards per nat, the balance that .05 has on PickScore, whose
     standard deviation within a group is about .021.
-Memory: ? of ? GB per chip on v5p:2x2x4 (compiled, not run).
+Memory: 12.08 of 102.8 GB per chip on v5p:2x2x4 (compiled, not run).
 Chips, cost, models: see flux_grpo.py; embed the prompts as there.
 Command: python -m pec_jax.main --config=configs/flux_pec_geneval.py \\
     --workdir=runs/flux_pec_geneval --config.prompts.embeddings=embeddings/flux_geneval \\

@@ -7,7 +7,7 @@ Reward: RapidOCR in worker processes on the host (`pip install 'pec_jax[ocr]'`; 
     its speed: about 160 core-seconds for the 1152 images of an iteration).
 Weight: 2.4 standard deviations of the rewards per nat, the balance that .05 has on PickScore, whose
     standard deviation within a group is about .021.
-Memory: ? of ? GB per chip on v5p:2x2x4 (compiled, not run).
+Memory: 12.08 of 102.8 GB per chip on v5p:2x2x4 (compiled, not run).
 Chips, cost, models: see flux_grpo.py; embed the prompts as there.
 Command: python -m pec_jax.main --config=configs/flux_pec_ocr.py --workdir=runs/flux_pec_ocr \\
     --config.prompts.embeddings=embeddings/flux_ocr

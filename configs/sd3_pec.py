@@ -12,7 +12,7 @@ Bandwidth: 0.104, which the paper's own numbers imply. Its policy entropy of -0.
     .476 here and .709 on FLUX.1 at a = .9, the bonus would be a few percent of the reward's spread.
     `constraint/pec/share` in the metrics says what it is in a run; training warns below 2%.
 Chips and cost: those of sd3_grpo.py; the encoder adds about 1%.
-Memory: ? of ? GB per chip on v5e:4x4 (compiled, not run).
+Memory: 14.25 of 17.2 GB per chip on v5e:4x4 (compiled, not run).
 Models, prompts, embeddings: see sd3_grpo.py.
 Command: python -m pec_jax.main --config=configs/sd3_pec.py --workdir=runs/sd3_pec \\
     --config.prompts.embeddings=embeddings/sd3

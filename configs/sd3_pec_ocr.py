@@ -7,7 +7,6 @@ Reward: RapidOCR in worker processes on the host (`pip install 'pec_jax[ocr]'`; 
     its speed: about 160 core-seconds for the 1152 images of an iteration).
 Weight: 2.4 standard deviations of the rewards per nat, the balance that .05 has on PickScore, whose
     standard deviation within a group is about .021.
-Memory: ? of ? GB per chip on v5e:4x4 (compiled, not run).
 Chips, cost, models: see sd3_grpo.py; embed the prompts as there.
 Command: python -m pec_jax.main --config=configs/sd3_pec_ocr.py --workdir=runs/sd3_pec_ocr \\
     --config.prompts.embeddings=embeddings/sd3_ocr

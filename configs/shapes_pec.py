@@ -1,7 +1,7 @@
 """Flow-GRPO with a perceptual entropy constraint on the embedded shapes model.
 
 Paper: arXiv 2605.12112, Table 1, rows "PEC", at the scale of a laptop.
-Memory: ? of ? GB per chip on v5e:1x1 (compiled, not run).
+Memory: 0.20 of 17.2 GB per chip on v5e:1x1 (compiled, not run).
 Command: python -m pec_jax.main --config=configs/shapes_pec.py --workdir=runs/shapes_pec
 """
 
