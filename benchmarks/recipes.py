@@ -41,50 +41,70 @@ def _window(*window: int, **more: object) -> dict[str, object]:
 # Plain Flow-GRPO: all steps but the last.
 REFERENCE = Recipe("all steps", _window())
 
-RECIPES = (
-    REFERENCE,
-    Recipe("window of 1, from step 0", _window(0, 1)),
-    Recipe("window of 1, from step 2", _window(2, 3)),
-    Recipe("window of 1, from step 4", _window(4, 5)),
-    Recipe("window of 2, from step 0", _window(0, 2)),
-    Recipe("window of 2, from step 2", _window(2, 4)),
-    Recipe("window of 3, from step 0", _window(0, 3)),
-    Recipe("window of 3, from step 2", _window(2, 5)),
-    # MixGRPO stays 25 of 300 iterations at a place.
-    Recipe("window of 2, moving", _window(0, 2, window_moves="forward", window_iterations=4)),
-    Recipe("window of 2, at random", _window(0, 2, window_moves="at_random")),
-    Recipe("CPS, all steps", _window(kernel="cps")),
-    Recipe("CPS, window of 2", _window(0, 2, kernel="cps")),
-    # The published clip range times 8: a log-ratio grows as 1 / sqrt(D), see configs/shapes_grpo.
-    Recipe(
-        "GRPO-Guard, all steps",
-        _window()
-        | {
-            "objective.name": "grpo_guard",
-            "objective.grpo_guard.clip_low": 3.2e-5,
-            "objective.grpo_guard.clip_high": 3.2e-5,
-        },
+KINDS: dict[str, tuple[Recipe, ...]] = {
+    "window from the start": (
+        REFERENCE,
+        Recipe("window of 1, from step 0", _window(0, 1)),
+        Recipe("window of 2, from step 0", _window(0, 2)),
+        Recipe("window of 3, from step 0", _window(0, 3)),
     ),
-    Recipe("DiffusionNFT", {"objective.name": "nft", "sampler.kernel": "ode"}),
-    Recipe(
-        "DiffusionNFT, 2 levels",
-        {
-            "objective.name": "nft",
-            "sampler.kernel": "ode",
-            "objective.nft.levels": 2,
-        },
+    "later window": (
+        Recipe("window of 1, from step 2", _window(2, 3)),
+        Recipe("window of 1, from step 4", _window(4, 5)),
+        Recipe("window of 2, from step 2", _window(2, 4)),
+        Recipe("window of 3, from step 2", _window(2, 5)),
     ),
-    Recipe("all steps, one update", _window() | {"updates.minibatches": 1}),
-    Recipe("window of 2, one update", _window(0, 2) | {"updates.minibatches": 1}),
-    Recipe("all steps, 12 groups of 8", _window() | {"batch.groups": 12, "batch.group_size": 8}),
-    Recipe("all steps, 3 groups of 32", _window() | {"batch.groups": 3, "batch.group_size": 32}),
-)
+    "window that moves": (
+        # MixGRPO stays 25 of 300 iterations at a place.
+        Recipe("window of 2, moving", _window(0, 2, window_moves="forward", window_iterations=4)),
+        Recipe("window of 2, at random", _window(0, 2, window_moves="at_random")),
+    ),
+    "CPS": (
+        Recipe("CPS, all steps", _window(kernel="cps")),
+        Recipe("CPS, all steps, squared error", _window(kernel="cps", log_density="squared_error")),
+        Recipe("CPS, window of 2", _window(0, 2, kernel="cps")),
+    ),
+    "objective": (
+        # The published clip range times 8: a log-ratio grows as 1 / sqrt(D), see shapes_grpo.
+        Recipe(
+            "GRPO-Guard, all steps",
+            _window()
+            | {
+                "objective.name": "grpo_guard",
+                "objective.grpo_guard.clip_low": 3.2e-5,
+                "objective.grpo_guard.clip_high": 3.2e-5,
+            },
+        ),
+        Recipe("DiffusionNFT", {"objective.name": "nft", "sampler.kernel": "ode"}),
+        Recipe(
+            "DiffusionNFT, 2 levels",
+            {"objective.name": "nft", "sampler.kernel": "ode", "objective.nft.levels": 2},
+        ),
+    ),
+    "updates and groups": (
+        Recipe("all steps, one update", _window() | {"updates.minibatches": 1}),
+        Recipe("window of 2, one update", _window(0, 2) | {"updates.minibatches": 1}),
+        Recipe(
+            "all steps, 12 groups of 8", _window() | {"batch.groups": 12, "batch.group_size": 8}
+        ),
+        Recipe(
+            "all steps, 3 groups of 32", _window() | {"batch.groups": 3, "batch.group_size": 32}
+        ),
+    ),
+}
+RECIPES = tuple(recipe for kind in KINDS.values() for recipe in kind)
 PEC = {"constraints.pec.weight": 6.0}  # of configs/shapes_pec
+WITH_PEC = " + PEC"
 
 
 def with_pec(recipe: Recipe) -> Recipe:
     """The recipe with PEC at the weight of the embedded default."""
-    return Recipe(f"{recipe.name} + PEC", {**recipe.fields, **PEC})
+    return Recipe(recipe.name + WITH_PEC, {**recipe.fields, **PEC})
+
+
+def all_recipes() -> list[Recipe]:
+    """Each without PEC and with it."""
+    return [r for plain in RECIPES for r in (plain, with_pec(plain))]
 
 
 def config_of(recipe: Recipe) -> Config:

@@ -17,7 +17,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from pec_jax.flow.transition import get_kernel, log_prob, ode, schedule_stds, squared_error
+from pec_jax.flow.transition import (
+    get_kernel,
+    log_prob,
+    ode,
+    schedule_stds,
+    squared_error,
+    velocity_gains,
+)
 from pec_jax.flow.window import Motion
 from pec_jax.types import Conditioning, PyTree, Trajectory, Transition
 
@@ -142,6 +149,16 @@ class FlowSampler:
         """Std of the policy at some steps, those trained by default; the schedule decides it."""
         stds = schedule_stds(self.sigmas, self.kernel, self.noise_level)
         return stds[self.trained_steps if steps is None else steps]
+
+    def uneven_gain(self) -> float:
+        """The largest gain of the steps that are trained, over their median; see `velocity_gains`.
+
+        1 where the log-density is the squared error, in which no step stands out.
+        """
+        if self.log_density == SQUARED_ERROR:
+            return 1.0
+        gains = velocity_gains(self.sigmas, self.kernel, self.noise_level)[self.reached_steps]
+        return float(jnp.max(gains) / jnp.median(gains))
 
     def at(self, iteration: Int[Array, ""], key: Key[Array, ""]) -> FlowSampler:
         """The sampler of an iteration; itself where the trained steps stay.

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from benchmarks import recipes, time_to_quality
-from benchmarks.time_to_quality import Curve, arrival, first_reached, length, target_of
+from benchmarks import arrivals, recipes, time_to_quality
+from benchmarks.arrivals import Curve, arrival, first_reached, target_of
+from benchmarks.time_to_quality import length
 
 ALL, OTHER = recipes.REFERENCE.name, "window of 2, from step 0"
 
@@ -18,7 +19,7 @@ def curve(recipe=ALL, seed="0", quality=(0.5, 0.7, 0.9), flops=100, **more) -> C
     return Curve(recipe=recipe, seed=seed, quality=list(quality), flops=flops, **fields)
 
 
-@pytest.mark.parametrize("recipe", time_to_quality.all_recipes(), ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", recipes.all_recipes(), ids=lambda recipe: recipe.name)
 def test_every_recipe_is_a_config(recipe):
     config = recipes.config_of(recipe)
     assert config.batch.groups * config.batch.group_size == 96
@@ -26,7 +27,7 @@ def test_every_recipe_is_a_config(recipe):
 
 
 def test_names_are_distinct_as_directories():
-    labels = [recipe.label for recipe in time_to_quality.all_recipes()]
+    labels = [recipe.label for recipe in recipes.all_recipes()]
     assert len(set(labels)) == len(labels)
 
 
@@ -62,13 +63,13 @@ def test_cost_and_diversity_on_arrival():
 
 
 def test_the_table_says_who_did_not_arrive():
-    found = time_to_quality.by_recipe([curve(OTHER, flops=50), curve(), curve(seed="1")])
+    found = arrivals.by_recipe([curve(OTHER, flops=50), curve(), curve(seed="1")])
     assert list(found) == [ALL, OTHER]  # in the order of the recipes
-    table = time_to_quality.write_table(found, 0.8).splitlines()
+    table = arrivals.write_table(found, 0.8).splitlines()
     assert table[2].startswith(f"| {ALL} | 15.0 ± 0.0 | 0.00 ± 0.00 | 1.00 ± 0.00 | 30 ± 0 |")
     assert table[3].startswith(f"| {OTHER} | 15.0 | 0.00 | 0.50 | 30 | 0.62 | 0.900 | 0.50 | 1 of")
-    assert "| – |" in time_to_quality.write_table(found, 0.95)
-    assert time_to_quality.draw(found, 0.8).axes
+    assert "| – |" in arrivals.write_table(found, 0.95)
+    assert arrivals.draw(found, 0.8).axes
 
 
 def test_what_has_finished_is_kept_when_the_rest_is_interrupted(tmp_path, monkeypatch):
@@ -97,13 +98,13 @@ def test_what_has_finished_is_kept_when_the_rest_is_interrupted(tmp_path, monkey
     first = next(iter(curves.values()))
     assert (first.iterations, first.quality, first.seconds) == ([0, 1, 60], [0.8, 0.6, 0.7], 1.5)
     path = tmp_path / "curves.json"
-    time_to_quality.write_curves(curves, path)
-    assert time_to_quality.read_curves(path) == curves
+    arrivals.write_curves(curves, path)
+    assert arrivals.read_curves(path) == curves
 
     def rest(jobs, parallel):
         names = {job.directory.name for job in jobs}
         assert not names & set(curves)
-        assert len(names) == 2 * len(time_to_quality.all_recipes()) - 3
+        assert len(names) == 2 * len(recipes.all_recipes()) - 3
         return []
 
     monkeypatch.setattr(time_to_quality.runner, "run_jobs", rest)

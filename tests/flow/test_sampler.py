@@ -345,3 +345,16 @@ def test_steps_and_sigmas_must_agree():
 def test_an_unknown_kernel_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'flow_sd'.*flow_sde"):
         _sampler("flow_sd")
+
+
+def test_cps_has_a_step_that_drowns_the_others_on_sd3s_schedule():
+    """The step to the last but one sigma; not of the other kernels, nor by the squared error."""
+    uneven = {}
+    for kernel in ("flow_sde", "dance_sde", "cps"):
+        sampler = FlowSampler(sd3_sigmas(10), kernel, 0.7, (True,) * 9 + (False,))
+        uneven[kernel] = sampler.uneven_gain()
+    assert uneven["cps"] == pytest.approx(131.7, rel=0.01)
+    assert uneven["flow_sde"] < 6 and uneven["dance_sde"] < 3
+    early = FlowSampler(sd3_sigmas(10), "cps", 0.7, (True, True) + (False,) * 8)
+    assert early.uneven_gain() < 2
+    assert dataclasses.replace(sampler, log_density="squared_error").uneven_gain() == 1.0

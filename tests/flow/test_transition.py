@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -212,3 +213,28 @@ def test_policy_entropy_has_exactly_no_gradient(name):
     entropy_gradient, mean_gradient = jax.jit(jax.jacrev(entropy_and_mean))(jnp.float32(0.5))
     assert float(entropy_gradient) == 0.0
     assert abs(float(mean_gradient)) > 1e-3
+
+
+@pytest.mark.parametrize("name", SDE_KERNELS)
+def test_velocity_gains_are_the_log_densitys_gradient(name):
+    """At one std of noise, d logp / d v is the gain itself, here by automatic differentiation."""
+    sigmas = sd3_sigmas(6)
+    gains = transition.velocity_gains(sigmas, name, 0.7)
+    x, v = _state()
+    for step in range(5):
+        kernel = functools.partial(
+            transition.get_kernel(name),
+            sigma=sigmas[step],
+            sigma_next=sigmas[step + 1],
+            noise_level=0.7,
+            sigma_max=sigmas[1],
+        )
+        mean, std = kernel(x, v)
+
+        def logp(v, x_next=mean + std, kernel=kernel):
+            return jnp.sum(transition.log_prob(x_next, *kernel(x, v)))
+
+        dimensions = np.prod(SHAPE[1:])
+        np.testing.assert_allclose(
+            jnp.abs(jax.grad(logp)(v)) * dimensions, jnp.full(SHAPE, gains[step]), rtol=2e-4
+        )

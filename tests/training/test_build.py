@@ -1,11 +1,14 @@
-"""From a config to what runs: what is said of the prompts."""
+"""From a config to what runs: what is said of the prompts, and of the sampler."""
 
 from __future__ import annotations
 
 import pytest
 
 from pec_jax.config.schema import from_config_dict
+from pec_jax.flow.sampler import FlowSampler
+from pec_jax.flow.schedule import sd3_sigmas
 from pec_jax.training.build import load_prompt_sets
+from pec_jax.training.parts import make_objective
 
 
 def test_negative_prompts_in_training_are_said_to_be_unused(tmp_path, small_config, caplog):
@@ -25,3 +28,18 @@ def test_half_a_character_in_a_sample_prompt(small_config):
     small_config.prompts.samples = ("a star", "a \ud83d circle")
     with pytest.raises(ValueError, match="one half of a character"):
         load_prompt_sets(from_config_dict(small_config))
+
+
+@pytest.mark.parametrize(
+    ("objective", "kernel", "warns"),
+    [("grpo", "cps", True), ("grpo", "flow_sde", False), ("grpo_guard", "cps", False)],
+)
+def test_a_step_that_drowns_the_others_is_named(small_config, caplog, objective, kernel, warns):
+    small_config.objective.name = objective
+    sampler = FlowSampler(sd3_sigmas(6), kernel, 0.7, (True,) * 5 + (False,))
+    with caplog.at_level("WARNING"):
+        make_objective(from_config_dict(small_config)).check(sampler)
+    assert bool(caplog.records) == warns
+    if warns:
+        assert "answers 147 times as much" in caplog.text
+        assert "log_density=squared_error" in caplog.text

@@ -38,6 +38,7 @@ class GrpoGuard(Grpo):
     """
 
     name = "grpo_guard"
+    evens_steps = True
 
     def prepare(self, actor: Actor, params: PyTree, micro: Micro) -> PyTree:
         """logp_old [P, k] and mu_old [P, k, ...]."""
