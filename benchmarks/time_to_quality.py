@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
             sys.exit(f"Error: {out / 'curves.json'} has no run of {recipes.REFERENCE.name!r}.")
         target = arrivals.target_of(curves.values())
         text = arrivals.write_table(found, target)
-        write_text(out / "table.md", text)
+        write_text(out / "table.md", arrivals.HEADING + text)
         arrivals.draw(found, target).savefig(out / "quality.png", dpi=110)
         print(text)
 
