@@ -267,6 +267,20 @@ def test_the_table_of_tpu_slices_is_what_was_compiled():
     assert seen == {path.name for path in (DOCS / "results" / "scaling").glob("*.json")}
 
 
+@pytest.mark.parametrize("name", ["sd3_pec", "sd3_pec_fast", "flux_pec", "flux_pec_fast"])
+def test_the_fast_recipes_cost_is_what_was_compiled(name):
+    page = (DOCS / "results" / "time_to_quality" / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{name}`.*?\| (.*) \|$", page, re.MULTILINE)
+    path = DOCS / "results" / "config_memory" / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert row.split(" | ") == [
+        f"{found['flops']['analytic'] / 1e15:.2f}",
+        f"{found['roofline']['seconds']:.0f}",
+        f"{found['schedule']['seconds']:.0f}",
+        f"{found['bytes_per_chip']['peak'] / 1e9:.2f}",
+    ]
+
+
 @functools.cache
 def sentences() -> list[str]:
     """All strings of the package; what is filled in is a zero byte."""

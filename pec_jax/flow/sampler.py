@@ -151,14 +151,17 @@ class FlowSampler:
         return stds[self.trained_steps if steps is None else steps]
 
     def uneven_gain(self) -> float:
-        """The largest gain of the steps that are trained, over their median; see `velocity_gains`.
+        """The largest gain of the steps that are trained, over their median (of two, the lesser).
 
-        1 where the log-density is the squared error, in which no step stands out.
+        The gain is that of the log-density in use: `velocity_gains`, times std^2 (and a constant)
+        of the squared error. All of these steps must have noise.
         """
+        steps = self.reached_steps
+        gains = velocity_gains(self.sigmas, self.kernel, self.noise_level)[steps]
         if self.log_density == SQUARED_ERROR:
-            return 1.0
-        gains = velocity_gains(self.sigmas, self.kernel, self.noise_level)[self.reached_steps]
-        return float(jnp.max(gains) / jnp.median(gains))
+            gains = gains * jnp.square(self.step_std(steps))
+        ordered = jnp.sort(gains)
+        return float(ordered[-1] / ordered[(len(ordered) - 1) // 2])
 
     def at(self, iteration: Int[Array, ""], key: Key[Array, ""]) -> FlowSampler:
         """The sampler of an iteration; itself where the trained steps stay.

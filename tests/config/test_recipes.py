@@ -11,6 +11,7 @@ from pec_jax.config import from_config_dict
 from pec_jax.config.files import load_config
 from pec_jax.configs import base
 from pec_jax.families.registry import published_pipelines
+from pec_jax.flow.schedule import flux_sigmas, sd3_sigmas
 from pec_jax.training import build, parts
 from pec_jax.weights.published import write
 
@@ -59,3 +60,18 @@ def test_pec_takes_the_place_of_the_kl(family, reward):
     assert config.constraints["kl"].weight == 0.0 and config.constraints["pec"].weight > 0
     assert config.rewards[reward].weight == 1.0 and config.rewards["pickscore"].weight == 0.0
     assert config.prompts.train == config.prompts.heldout == f"prompts/{reward}"
+
+
+@pytest.mark.parametrize(
+    ("name", "sigmas"), [("sd3_pec_fast", sd3_sigmas(10)), ("flux_pec_fast", flux_sigmas(6, 1024))]
+)
+def test_the_fast_recipes_train_the_same_range_of_noise(name, sigmas):
+    """From sigma 1 to .79, with nothing else changed."""
+    values = load_config(name)
+    config = from_config_dict(values)
+    start, stop = config.sampler.window
+    assert config.sampler.num_steps + 1 == len(sigmas) and start == 0
+    assert sigmas[stop] == pytest.approx(0.79, abs=0.005)
+    slow = load_config(name.removesuffix("_fast"))
+    slow.sampler.update({"window": config.sampler.window, "noise": "trained"})
+    assert from_config_dict(slow) == config

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pec_jax.flow.schedule import sd3_sigmas
-from pec_jax.flow.transition import flow_sde, log_prob
+from pec_jax.flow.transition import flow_sde, log_prob, schedule_stds, velocity_gains
 from pec_jax.rl.guard import guarded_surrogate, normalised_log_ratio, step_weight
 from pec_jax.rl.losses import ratio_metrics
 
@@ -190,3 +190,12 @@ def test_nothing_but_the_mean_carries_a_gradient():
         x_next, mean, mean_old, std
     )
     assert [bool(jnp.any(g != 0)) for g in gradients] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["flow_sde", "dance_sde", "cps"])
+def test_no_step_drowns_the_others(name):
+    """Of the normalised log-ratio a step's gain loses its std, and the weight takes its dt."""
+    sigmas = sd3_sigmas(10)
+    gains = velocity_gains(sigmas, name, 0.7)[:-1] * schedule_stds(sigmas, name, 0.7)[:-1]
+    gains = gains * step_weight(jnp.asarray(sigmas[:-2]), jnp.asarray(sigmas[1:-1]))
+    assert float(jnp.max(gains) / jnp.min(gains)) < 3
