@@ -9,7 +9,7 @@
 # each of the two parts is stopped when its time is up, and the first is then already written. Needs
 # a JAX with CUDA (`pip install 'pec_jax[cuda]'`), and diffusers and torch for the second part.
 # PYTHON names the interpreter; CONFIG another config; RUNS the timed rounds; LIMIT the seconds of
-# each part.
+# each part; PARTS=torch takes one part alone.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -51,6 +51,7 @@ part() {
 }
 
 status=0
-part ours "$@" || status=$?
-part torch --phases=false --torch=eager,blocks "$@" || status=$?
+parts=${PARTS:-ours torch}
+[[ $parts != *ours* ]] || part ours "$@" || status=$?
+[[ $parts != *torch* ]] || part torch --phases=false --torch=eager,blocks "$@" || status=$?
 exit "$status"
