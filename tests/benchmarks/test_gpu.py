@@ -17,7 +17,7 @@ def test_one_command_measures_both_libraries(tmp_path):
         "PYTHON": sys.executable,
         "CONFIG": "configs/shapes_pec.py",
         "RUNS": "1",
-        "LIMIT": "600",
+        "LIMIT": "1200",
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = ["benchmarks/gpu.sh", tmp_path / "out", "--config.updates.minibatches=1"]
