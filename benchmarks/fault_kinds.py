@@ -156,7 +156,7 @@ def vanished(lab: Lab, rng: random.Random, place: Path) -> Outcome:
     aside = place.with_name(f"{place.name}_aside")
     place.rename(aside)
     ended = process.wait()
-    _must(ended.code != 0 and not ended.has_trace, "no sentence", ended)
+    _must(ended.is_sentence, "no sentence", ended)
     shutil.rmtree(place, ignore_errors=True)
     if comes_back:
         aside.rename(place)
@@ -253,8 +253,11 @@ def judge_goes_wrong(lab: Lab, rng: random.Random, place: Path) -> Outcome:
     ended = lab.start(place, judged=True, environment=fault).wait()
     if ended.code != 0:
         _must(ended.is_sentence and "'faulty'" in ended.errors[0], "no sentence", ended)
-    alone = lab.reference(judged=True)
-    return _goes_on(lab, place, ended, f"{kind} at call {call}", alone=alone, judged=True)
+    alone, detail = lab.reference(judged=True), f"{kind} at call {call}"
+    outcome = _goes_on(lab, place, ended, detail, alone=alone, judge="faulty")
+    if difference(place, alone):  # an evaluation goes on without it, and says so in the metrics
+        return dataclasses.replace(outcome, result=TOLD)
+    return outcome
 
 
 # The kinds, with how many faults each has in a whole campaign and in a quick one.
@@ -321,12 +324,12 @@ def _goes_on(
     detail: str,
     *,
     alone: Path | None = None,
-    judged: bool = False,
+    judge: str = "",
 ) -> Outcome:
     """The same command again: the result is that of a run which was left alone."""
-    ended = lab.start(place, judged=judged).wait()
+    ended = lab.start(place, judged=bool(judge)).wait()
     _must(ended.code == 0 and not ended.has_trace, "the same command does not go on", ended)
-    different = difference(place, alone or lab.reference())
+    different = difference(place, alone or lab.reference(), judge=judge)
     _must(not different, f"another result: {different}", ended)
     return Outcome(RESUMED, detail, hurt.phase, hurt.seconds, hurt.code)
 

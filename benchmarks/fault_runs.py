@@ -39,6 +39,7 @@ SETTINGS = {
     "schedule.checkpoint_every": 2,
     "schedule.keep_checkpoints": 2,
 }
+Numbers = Mapping[str, object]
 JUDGED = ("--config.rewards.faulty.weight=1.0", "--config.rewards.pickscore.weight=0.0")
 
 
@@ -221,7 +222,7 @@ def _check(processes: Sequence[Process]) -> None:
 _reading = threading.Lock()  # orbax is not made for several threads
 
 
-def difference(workdir: Path, alone: Path, *, metrics: bool = True) -> str:
+def difference(workdir: Path, alone: Path, *, metrics: bool = True, judge: str = "") -> str:
     """In what a finished run differs from one that was left alone; '' if in nothing.
 
     Every iteration is in the metrics once, every number of the last state and of the final
@@ -231,9 +232,11 @@ def difference(workdir: Path, alone: Path, *, metrics: bool = True) -> str:
         workdir: of the run.
         alone: of the other.
         metrics: whether the lines are compared, too.
+        judge: a reward that may have failed in an evaluation, which then has its failures in the
+            place of its numbers.
     """
     try:
-        if metrics and _lines(workdir) != _lines(alone):
+        if metrics and not _alike(_lines(workdir), _lines(alone), judge):
             return f"metrics.jsonl: steps {[line['step'] for line in _lines(workdir)]}"
         with _reading:
             found, expected = _state(workdir), _state(alone)
@@ -243,6 +246,7 @@ def difference(workdir: Path, alone: Path, *, metrics: bool = True) -> str:
             if found[name].tobytes() != value.tobytes():
                 return f"{name} differs"
         ours, theirs = (json.loads((w / "eval.json").read_text()) for w in (workdir, alone))
+        ours, theirs = (_excused(values, judge, of=ours) for values in (ours, theirs))
         names = theirs.keys() if metrics else [n for n in theirs if not n.startswith("fit/")]
         different = [name for name in names if ours.get(name) != theirs[name]]
     except (OSError, ValueError, KeyError) as error:
@@ -250,9 +254,22 @@ def difference(workdir: Path, alone: Path, *, metrics: bool = True) -> str:
     return f"eval.json: {different[0]}" if different else ""
 
 
-def _lines(workdir: Path) -> list[dict[str, object]]:
+def _lines(workdir: Path) -> list[Numbers]:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def _alike(ours: Sequence[Numbers], theirs: Sequence[Numbers], judge: str) -> bool:
+    return len(ours) == len(theirs) and all(
+        _excused(a, judge, of=a) == _excused(b, judge, of=a) for a, b in zip(ours, theirs)
+    )
+
+
+def _excused(values: Numbers, judge: str, *, of: Numbers) -> Numbers:
+    """Without what a judge said, if it failed where the numbers `of` were made."""
+    if not any(name.endswith(f"failures/{judge}") for name in of):
+        return values
+    return {name: value for name, value in values.items() if judge not in name}
 
 
 def _state(workdir: Path) -> dict[str, np.ndarray]:

@@ -52,7 +52,7 @@ class Hold:
         self._found: bytes | None = None  # what was in the file before
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lost = False
+        self._gone = self._lost = False
 
     def take(self) -> None:
         """Becomes the holder.
@@ -87,7 +87,8 @@ class Hold:
         self._stop.set()
         self._thread.join()
         self._thread = None
-        if self._lost:
+        self._look()
+        if self._gone or self._lost:
             self._file.unlock()
         elif restore and self._found:
             self._file.write(self._found)
@@ -96,12 +97,26 @@ class Hold:
             self._file.remove()
 
     def check(self) -> None:
-        """Raises RunError if another process has taken the directory in the meantime."""
+        """Raises RunError if the directory is gone, or another process has taken it."""
+        self._look()
+        if self._gone:
+            raise RunError(
+                f"{self._directory / FILE} is gone: the directory was moved or deleted while this "
+                "run wrote to it. Nothing more is written. Put it back, and the same command goes "
+                "on after its last checkpoint."
+            )
         if self._lost:
             raise RunError(
                 f"another process has taken {self._directory}, since this one gave no sign of life "
                 f"for {TIMEOUT_SECONDS:.0f} s. Nothing more is written; the other one goes on."
             )
+
+    def _look(self) -> None:
+        """Finds out whether the file is there and names us; of a network that is away, nothing."""
+        with contextlib.suppress(OSError):
+            data = self._file.read()
+            self._gone = data is None
+            self._lost = _parse(data).get("token", self._me["token"]) != self._me["token"]
 
     def _wait_for_the_dead(self, holder: dict[str, Any]) -> bool:
         """Returns once a holder that was written down is dead (True) or has ended (False)."""
@@ -142,8 +157,8 @@ class Hold:
     def _keep_beating(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
-                if _parse(self._file.read()).get("token") != self._me["token"]:
-                    self._lost = True
+                self._look()
+                if self._gone or self._lost:
                     return
                 self._beat()
             except Exception as error:  # a network that is away for a moment

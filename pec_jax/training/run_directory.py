@@ -127,7 +127,7 @@ class RunDirectory:
             base_evaluation.remove(self.path)
 
     def check_held(self) -> None:
-        """Raises RunError if another process has taken the directory in the meantime."""
+        """Raises RunError if the directory is gone, or another process has taken it."""
         if self._hold is not None:
             self._hold.check()
 

@@ -296,6 +296,7 @@ class _Run:
         return state.ema if self._config.eval.use_ema else state.params
 
     def _save_samples(self, writer: MetricWriter, step: int, state: TrainState) -> None:
+        processes.on_primary(self._directory.check_held)  # else it would be made anew
         images = self._evaluator.sample_grid(self._eval_params(state), self._frozen)
         path = writer.grid(step, images, [p.text for p in self._experiment.prompts["samples"]])
         logging.info("Samples: %s", path)

@@ -57,6 +57,15 @@ def test_a_difference_is_seen(campaign, tmp_path):
     assert fault_runs.difference(other, alone, metrics=False).endswith("differs")
 
 
+def test_an_evaluation_without_its_judge_is_excused_and_nothing_else():
+    whole = {"step": 6, "quality/a": 1.0, "quality/faulty": 0.5, "quality/faulty/low": 0.4}
+    failed = {"step": 6, "quality/a": 1.0, "failures/faulty": 1.0}
+    assert fault_runs._alike([failed], [whole], "faulty")
+    assert not fault_runs._alike([failed], [whole], "")
+    assert not fault_runs._alike([{**failed, "quality/a": 2.0}], [whole], "faulty")
+    assert not fault_runs._alike([{**whole, "quality/faulty": 0.6}], [whole], "faulty")
+
+
 def test_every_kind_has_its_number_and_says_what_it_does():
     count = sum(whole for _, whole, _ in fault_kinds.KINDS.values())
     assert count >= 300

@@ -177,6 +177,25 @@ class TestHold:
         ours.release(restore=False)
         assert (place / hold_lib.FILE).read_bytes() == theirs
 
+    @pytest.mark.parametrize("another", [False, True])
+    def test_a_directory_that_is_moved_away_is_noticed(self, tmp_path, another):
+        place, aside = tmp_path / "run", tmp_path / "aside"
+        place.mkdir()
+        ours = Hold(io.path(place))
+        ours.take()
+        ours.check()
+        place.rename(aside)
+        if another:
+            place.mkdir()
+            (place / hold_lib.FILE).write_bytes(holder())
+        with pytest.raises(RunError, match="another process" if another else "moved or deleted"):
+            ours.check()
+        ours.release(restore=False)
+        assert (place / hold_lib.FILE).exists() == another  # not ours to delete
+        again = Hold(io.path(aside))  # the lock went with the directory
+        again.take()
+        again.release(restore=False)
+
     def test_of_several_at_once_one_wins(self, place):
         holds, winners = [Hold(place) for _ in range(4)], []
 
