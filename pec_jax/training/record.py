@@ -47,7 +47,8 @@ def gap(directory: RunFiles, step: int, log_every: int) -> str:
 def check_new(directory: RunFiles, checkpoint_every: int) -> None:
     """Refuses to begin anew where checkpoints must have been.
 
-    A run that was killed before its first checkpoint is on disk does begin anew.
+    A run that was killed before its first checkpoint is on disk does begin anew; so does one whose
+    first could not be written, which the run finds out when it wants to write the second.
 
     Args:
         directory: of the run, which has no checkpoint.
@@ -57,7 +58,7 @@ def check_new(directory: RunFiles, checkpoint_every: int) -> None:
         RunError: what else is there shows that checkpoints have been lost.
     """
     reached = max(_trained_steps(directory), default=0)
-    lost = checkpoint_every and reached >= 2 * checkpoint_every
+    lost = checkpoint_every and reached > 2 * checkpoint_every
     if directory.evaluation_file.exists() or lost:
         raise RunError(
             f"{directory.path} has no checkpoint, but "

@@ -427,8 +427,9 @@ class TestRecord:
         ("steps", "ended", "every", "words"),
         [
             ([1, 2, 3], False, 2, None),  # killed before its first checkpoint was on disk
+            ([1, 2, 3, 4], False, 2, None),  # the second found that the first was not written
             ([1, 2, 3, 4, 5], False, 0, None),
-            ([1, 2, 3, 4], False, 2, "metrics up to iteration 4"),
+            ([1, 2, 3, 4, 5], False, 2, "metrics up to iteration 5"),
             ([1, 2], True, 0, "a final evaluation"),
         ],
     )
