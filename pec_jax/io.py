@@ -88,11 +88,21 @@ def read_json(file: os.PathLike[str]) -> dict[str, Any]:
     if len(data) > MAX_JSON_BYTES:
         raise FileError(f"{source}: larger than {MAX_JSON_BYTES} bytes, which no config is")
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), parse_int=_integer)
     except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits
         raise FileError(f"{source}: not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
         raise FileError(f"{source}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _integer(digits: str) -> int:
+    """An integer that a float can hold, too; nothing that is read is larger."""
+    value = int(digits)
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"an integer of {len(digits)} digits") from None
     return value
 
 

@@ -96,6 +96,8 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{name} is an integer beyond 64 bits.")
     low, high = metadata.get("low"), metadata.get("high")
     inside = (low is None or value >= low) and (high is None or value <= high)
     if not math.isfinite(value):

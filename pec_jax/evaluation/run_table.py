@@ -82,9 +82,9 @@ def read_run(directory: epath.Path) -> Run:
     path = directory / "config.json"
     config = io.read_json(path)
     check_schema(config, path)
-    numbers = current_names(io.read_json(directory / "eval.json"), list(config["encoders"]))
-    run = Run(directory, config, numbers)
+    numbers = io.read_json(directory / "eval.json")
     try:
+        run = Run(directory, config, current_names(numbers, list(config["encoders"])))
         _ = run.label, run.settings
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is not the config of a run of this version: {error}") from None

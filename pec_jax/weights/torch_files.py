@@ -88,7 +88,10 @@ class TorchFile(Tensors):
             with zipfile.ZipFile(path) as archive:
                 self._prefix, self._offsets = _stored_files(path, archive)
                 content = _read_pickle(archive, f"{self._prefix}data.pkl")
-        except (OSError, zipfile.BadZipFile, KeyError) as error:
+        except WeightsError:
+            raise
+        # Of what it does not know, or cannot decode, zipfile says so in many ways.
+        except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
             raise WeightsError(
                 f"{path}: truncated, or not a zip file as torch has written them since 1.6 "
                 f"({error}); save it as safetensors"
