@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 from pec_jax.weights.tensors import Tensors, WeightsError
 
 SUFFIXES = (".pt", ".pth", ".bin")
+MAX_REPEATED = 2**24  # numbers of a view that repeats what its storage holds once
 MAX_PICKLE_BYTES = 64 * 2**20
 STATE_DICT = "state_dict"  # trainers wrap a model's tensors in an entry of this name
 DTYPES: dict[str, Any] = {
@@ -136,11 +139,15 @@ class TorchFile(Tensors):
     def _check(self, name: str, tensor: _Tensor) -> None:
         """Raises WeightsError for a view that leaves its storage, or a storage its file."""
         storage = tensor.storage
-        size = self._offsets.get(storage.key, (0, -1))[1]
+        start, size = self._offsets.get(storage.key, (0, -1))
         inside = size == storage.length * storage.dtype.itemsize
+        inside = inside and start + size <= self._path.stat().st_size
         positive = min((*tensor.shape, *tensor.strides, tensor.offset), default=0) >= 0
         same = len(tensor.shape) == len(tensor.strides)
-        if not (inside and positive and same and tensor.stop <= storage.length):
+        # A view that repeats its storage could take any memory.
+        few = math.prod(tensor.shape) <= max(storage.length, MAX_REPEATED)
+        fits = few and tensor.stop <= storage.length
+        if not (inside and positive and same and fits):
             raise WeightsError(
                 f"{self._path}: tensor {name!r} reaches outside its data; fetch the file again"
             )
@@ -206,6 +213,16 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(str(key), storage_type.dtype, int(length))
 
 
+def _check_numbers(content: bytes) -> None:
+    """Refuses a pickle that numbers what it remembers beyond its own length.
+
+    The unpickler would fill memory up to that number, which may be 2^32.
+    """
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name.endswith("PUT") and argument > len(content):
+            raise pickle.UnpicklingError(f"it has a memo of number {argument}")
+
+
 def _note_tensor(
     storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *rest: Any
 ) -> _Tensor:
@@ -218,6 +235,7 @@ def _unpickle(path: Path, content: bytes) -> Any:
     import io
 
     try:
+        _check_numbers(content)
         return _Unpickler(io.BytesIO(content)).load()
     except Exception as error:  # a hostile pickle can raise anything
         raise WeightsError(
