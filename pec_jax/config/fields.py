@@ -96,15 +96,15 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{name} is an integer beyond 64 bits.")
     low, high = metadata.get("low"), metadata.get("high")
     inside = (low is None or value >= low) and (high is None or value <= high)
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} is {value}; it must be a finite number.")
     if not inside:
         bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
         raise ConfigError(f"{name} is {value}; it must be {' and '.join(bounds)}.")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{name} is an integer beyond 64 bits.")
 
 
 def _convert(field: dataclasses.Field, hint: Any, value: Any, where: str) -> Any:

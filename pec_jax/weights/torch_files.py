@@ -219,7 +219,7 @@ def _check_numbers(content: bytes) -> None:
     The unpickler would fill memory up to that number, which may be 2^32.
     """
     for operation, argument, _ in pickletools.genops(content):
-        if operation.name.endswith("PUT") and argument > len(content):
+        if operation.name.endswith("PUT") and int(argument or 0) > len(content):
             raise pickle.UnpicklingError(f"it has a memo of number {argument}")
 
 
