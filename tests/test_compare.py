@@ -146,6 +146,9 @@ def test_a_config_that_says_too_little_or_nonsense_is_answered_with_a_sentence(t
     run = make_run(tmp_path / "run", constraints__pec__wieght=1.0)
     with pytest.raises(RunError, match=r"this version: .*unknown field 'wieght'"):
         run_table.read_run(run)
+    run = make_run(tmp_path / "number", encoders=0)
+    with pytest.raises(RunError, match="lacks encoders"):
+        run_table.read_run(run)
     (run / "config.json").write_text('{"seed": 0}')
     with pytest.raises(RunError, match="lacks objective, constraints"):
         run_table.read_run(run)

@@ -82,9 +82,9 @@ def read_run(directory: epath.Path) -> Run:
     path = directory / "config.json"
     config = io.read_json(path)
     check_schema(config, path)
-    numbers = io.read_json(directory / "eval.json")
+    numbers = current_names(io.read_json(directory / "eval.json"), list(config["encoders"]))
+    run = Run(directory, config, numbers)
     try:
-        run = Run(directory, config, current_names(numbers, list(config["encoders"])))
         _ = run.label, run.settings
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is not the config of a run of this version: {error}") from None
@@ -106,7 +106,8 @@ def check_schema(config: Mapping[str, Any], path: epath.Path) -> None:
             f"{path} was written by an earlier version of pec_jax (config.constraint): read that "
             "run with the version that made it, or train it again."
         )
-    if missing := [name for name in SECTIONS if name not in config]:
+    whole = [n for n in SECTIONS if n == "seed" or isinstance(config.get(n), Mapping)]
+    if missing := [n for n in SECTIONS if n not in config or n not in whole]:
         raise RunError(f"{path} lacks {', '.join(missing)}; it is not the config of a run.")
 
 

@@ -87,7 +87,8 @@ class Hold:
         self._stop.set()
         self._thread.join()
         self._thread = None
-        self._look()
+        with contextlib.suppress(Exception):  # a network that is away for a moment
+            self._look()
         if self._gone or self._lost:
             self._file.unlock()
         elif restore and self._found:
@@ -98,8 +99,9 @@ class Hold:
 
     def check(self) -> None:
         """Raises RunError if the directory is gone, or another process has taken it."""
-        self._look()
-        if self._gone:
+        with contextlib.suppress(Exception):  # a network that is away for a moment
+            self._look()
+        if self._gone and not self._lost:
             raise RunError(
                 f"{self._directory / FILE} is gone: the directory was moved or deleted while this "
                 "run wrote to it. Nothing more is written. Put it back, and the same command goes "
@@ -112,11 +114,10 @@ class Hold:
             )
 
     def _look(self) -> None:
-        """Finds out whether the file is there and names us; of a network that is away, nothing."""
-        with contextlib.suppress(OSError):
-            data = self._file.read()
-            self._gone = data is None
-            self._lost = _parse(data).get("token", self._me["token"]) != self._me["token"]
+        """Finds out whether the file is there, and whether it names another process."""
+        data = self._file.read()
+        self._gone = data is None
+        self._lost |= _parse(data).get("token", self._me["token"]) != self._me["token"]
 
     def _wait_for_the_dead(self, holder: dict[str, Any]) -> bool:
         """Returns once a holder that was written down is dead (True) or has ended (False)."""

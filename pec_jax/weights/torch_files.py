@@ -144,12 +144,13 @@ class TorchFile(Tensors):
         inside = inside and start + size <= self._path.stat().st_size
         positive = min((*tensor.shape, *tensor.strides, tensor.offset), default=0) >= 0
         same = len(tensor.shape) == len(tensor.strides)
-        # A view that repeats its storage could take any memory.
-        few = math.prod(tensor.shape) <= max(storage.length, MAX_REPEATED)
-        fits = few and tensor.stop <= storage.length
-        if not (inside and positive and same and fits):
+        if not (inside and positive and same and tensor.stop <= storage.length):
             raise WeightsError(
                 f"{self._path}: tensor {name!r} reaches outside its data; fetch the file again"
+            )
+        if math.prod(tensor.shape) > max(storage.length, MAX_REPEATED):  # could take any memory
+            raise WeightsError(
+                f"{self._path}: tensor {name!r} repeats few numbers many times; save its clone()"
             )
 
 

@@ -99,6 +99,7 @@ BAD_VALUES = [
     ("rewards.pickscore.weight", "much", ["config.rewards.pickscore.weight", "type float"]),
     ("rewards.ocrr", {"weight": 1.0}, ["config.rewards", "unknown reward 'ocrr'"]),
     ("eval", 3, ["config.eval", "section"]),
+    ("batch.decode_images", 10**400, ["config.batch.decode_images", "beyond 64 bits"]),
 ]
 
 

@@ -106,6 +106,23 @@ def test_a_hostile_pickle_is_refused_and_nothing_is_run(tmp_path, name):
     assert not mark.exists()
 
 
+def test_what_would_take_any_memory_is_refused(tmp_path):
+    path = written(tmp_path, {"a": torch.ones(1).expand(2**25)})
+    with pytest.raises(WeightsError, match="'a' repeats few numbers many times"):
+        TorchFile(path)
+    with pytest.raises(WeightsError, match="a memo of number 4294967295"):
+        TorchFile(repacked(tmp_path, b"\x80\x02}r\xff\xff\xff\xff."))
+
+
+def test_a_directory_that_is_no_text_is_refused(tmp_path):
+    path = written(tmp_path, {"a": torch.ones(2)})
+    data = path.read_bytes()
+    at = data.rindex(b"model/data/0")  # in the directory at the end
+    path.write_bytes(data[:at] + b"\xed" + data[at + 1 :])
+    with pytest.raises(WeightsError, match=r"model\.pt: .*not a zip file"):
+        TorchFile(path)
+
+
 def test_a_list_is_no_model(tmp_path):
     with pytest.raises(WeightsError, match="no dictionary of tensors"):
         TorchFile(written(tmp_path, [torch.ones(2)]))
